@@ -1,0 +1,157 @@
+"""Text that every machine with Python has: the standard library's own sources, cut into snippets.
+
+Pure standard library: no torch and no network. A snippet remembers the module it comes from and what
+it is, so that the tasks (:mod:`benchmarks.demo.tasks`) only have to choose and label.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Left out: packages which some distributions ship separately, tables, and what is not the library.
+SKIPPED = frozenset(
+    "test tests idlelib tkinter turtle turtledemo lib2to3 distutils ensurepip encodings pydoc_data"
+    " site-packages dist-packages lib-dynload __pycache__ this antigravity".split()
+)
+
+#: The words of a statement which a line can start with, so that the line says which one is missing.
+KEYWORDS = ("if", "while", "for", "with", "return", "raise", "def", "class", "import", "except")
+
+_MAX_CHARACTERS = 240  # more than the encoder reads; keeps the tokenizer from reading whole pages
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A piece of text of the standard library.
+
+    Args:
+        text: The text, on one line.
+        kind: ``module``, ``class`` or ``function`` (docstrings), ``comment``, ``message`` (of an
+            exception), ``line`` (a statement without its keyword) or ``body`` (a function without
+            its name).
+        label: The keyword of a ``line``, the name of a ``body``, else an empty string.
+        package: The top-level module, for example ``email``.
+    """
+
+    text: str
+    kind: str
+    label: str
+    package: str
+
+    @property
+    def key(self) -> str:
+        """The text as duplicates are recognised: letters only, so numbers and layout do not count."""
+        return re.sub(r"[^a-z]+", " ", self.text.lower()).strip()
+
+    def draw(self, purpose: str) -> float:
+        """Return a number in [0, 1) which depends on :attr:`key` and ``purpose`` alone."""
+        digest = hashlib.blake2b(f"{purpose}:{self.key}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+
+def read_standard_library() -> list[Snippet]:
+    """Return every snippet of the running Python's standard library, in the order of file names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    snippets: list[Snippet] = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            continue  # a file that cannot be read is not worth stopping a demonstration
+        snippets += _snippets_of(source, tree, parts[0])
+    return snippets
+
+
+def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippet]:
+    lines = source.splitlines()
+    for kind, label, text in (*_from_tree(tree, lines), *_comments(lines)):
+        line = " ".join(text.split())[:_MAX_CHARACTERS]
+        if line:
+            yield Snippet(text=line, kind=kind, label=label, package=package)
+
+
+def _from_tree(tree: ast.Module, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstring(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield "body", node.name.strip("_"), _body(node)
+        if isinstance(node, ast.Raise):
+            yield "message", *_message(node)
+        yield from _identifiers(node)
+        if isinstance(node, ast.stmt | ast.ExceptHandler):
+            keyword, _, rest = lines[node.lineno - 1].strip().partition(" ")
+            if keyword in KEYWORDS:
+                yield "line", keyword, f"[MASK] {rest}"
+
+
+def _docstring(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[tuple[str, str, str]]:
+    kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+    paragraphs = (ast.get_docstring(node) or "").split("\n\n")
+    for paragraph in paragraphs[: 6 if kind == "module" else 2]:
+        if _is_prose(paragraph):
+            yield kind, "", paragraph
+
+
+def _is_prose(text: str) -> bool:
+    words = re.findall(r"[A-Za-z']+", text)
+    return len(words) >= 4 and len("".join(words)) > 0.6 * len(text) and ">>>" not in text
+
+
+def _body(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    code = " ; ".join(ast.unparse(statement) for statement in statements[:4])
+    name = re.escape(node.name.strip("_"))
+    # A function often calls its namesake (of super, of a wrapped object), which would tell its name.
+    return re.sub(name, "[MASK]", f"({ast.unparse(node.args)}): {code}", flags=re.IGNORECASE)
+
+
+def _message(node: ast.Raise) -> tuple[str, str]:
+    if not (isinstance(node.exc, ast.Call) and node.exc.args):
+        return "", ""
+    strings = [
+        part.value
+        for part in ast.walk(node.exc.args[0])
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    text = " ".join(strings)
+    exception = ast.unparse(node.exc.func).rpartition(".")[2]
+    return exception, text if len(re.findall(r"[A-Za-z']{2,}", text)) >= 3 else ""
+
+
+def _identifiers(node: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Yield the names that ``node`` gives to something, and what it is that it names."""
+    if isinstance(node, ast.ClassDef):
+        yield "identifier", "class", node.name
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield "identifier", "function", node.name
+    elif isinstance(node, ast.arg):
+        yield "identifier", "variable", node.arg
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        constant = node.id.isupper() and len(node.id) > 2
+        yield "identifier", "constant" if constant else "variable", node.id
+
+
+def _comments(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    block: list[str] = []
+    for line in (*lines, ""):
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            block.append(stripped.lstrip("#!: "))
+        elif block:
+            text = " ".join(block)
+            block = []
+            if _is_prose(text) and not text.startswith("type:"):
+                yield "comment", "", text

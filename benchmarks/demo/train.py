@@ -1,0 +1,159 @@
+"""Fine-tuning the encoder on one task, with a frozen head; reused when nothing has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.demo.encoder import Encoder, batches_by_length
+from benchmarks.demo.tasks import Example, Task
+
+_STAMP = "demo.json"  # written last: its presence says that the folder is complete
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to fine-tune.
+
+    Args:
+        steps: Batches to train on, each text once.
+        batch_size: Texts in a batch.
+        learning_rate: The largest one; it rises over the first tenth and then falls to zero.
+        scale: Factor on the cosines, so that the softmax over them can be confident.
+        seed: Of the order of the batches.
+    """
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    scale: float = 20.0
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the share, in (0, 1], of the learning rate which ``step`` uses."""
+        warm_up = max(1, self.steps // 10)
+        return min((step + 1) / warm_up, (self.steps - step) / self.steps)
+
+
+def save_base(model: Path, folder: Path) -> Encoder:
+    """Save the packaged model at ``folder`` as the fine-tunes are saved, and return it."""
+    base = Encoder(model)
+    if not (folder / _STAMP).exists():
+        _save(base, folder, stamp={"model": "sentence-transformers/all-MiniLM-L6-v2"})
+    return base
+
+
+def fine_tune(
+    base: Path,
+    task: Task,
+    head: Tensor,
+    settings: Settings,
+    *,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> bool:
+    """Fine-tune on ``task`` and save at ``folder``; its Fisher information goes to ``folder/fisher``.
+
+    Args:
+        base: Folder of the base model.
+        task: The task; only its training examples are used.
+        head: Frozen vectors of the classes, float32 of shape [classes, width].
+        settings: How to train.
+        folder: Where the fine-tune goes; what is there with the same stamp is kept.
+        progress: Called with the number of steps done.
+
+    Returns:
+        Whether there was anything to do.
+    """
+    stamp = {"settings": asdict(settings), "data": _digest(task), "torch": torch.__version__}
+    if (folder / _STAMP).exists() and json.loads((folder / _STAMP).read_text()) == stamp:
+        return False
+    torch.manual_seed(settings.seed)
+    encoder = Encoder(base)
+    # Rare words would hardly move in so few steps, and their table is half of the model.
+    encoder.model.embeddings.requires_grad_(False)
+    trained = {n: p for n, p in encoder.model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate_at)
+    for step, batch in enumerate(_batches(task, settings)):
+        cosines = encoder.embed([example.text for example in batch]) @ head.T
+        targets = torch.tensor([example.target for example in batch])
+        functional.cross_entropy(settings.scale * cosines, targets).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress(step + 1)
+    _save(encoder, folder, stamp=stamp, fisher=_fisher(trained, optimizer, settings))
+    return True
+
+
+def _batches(task: Task, settings: Settings) -> list[list[Example]]:
+    """Return the batches of the one epoch: similar lengths within a batch, any order of batches."""
+    shuffled = random.Random(settings.seed)
+    examples = list(task.train[: settings.steps * settings.batch_size])
+    shuffled.shuffle(examples)
+    batches = batches_by_length(examples, settings.batch_size)
+    shuffled.shuffle(batches)
+    return batches
+
+
+def _digest(task: Task) -> str:
+    content = json.dumps([task.classes, [(e.text, e.target) for e in task.train]])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _save(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    stamp: dict[str, object],
+    fisher: dict[str, Tensor] | None = None,
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    encoder.save(folder)
+    if fisher is not None:
+        _save_fisher(encoder, folder / "fisher", fisher)
+    (folder / _STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+
+
+def _fisher(
+    trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW, settings: Settings
+) -> dict[str, Tensor]:
+    """Return Adam's mean of squared gradients: a diagonal Fisher information that costs nothing.
+
+    Adam squares the mean gradient of a batch; the square expected of one example is about
+    ``batch_size`` times as large. Its running mean starts at zero, which is corrected as Adam does.
+    """
+    factor = settings.batch_size / (1 - optimizer.defaults["betas"][1] ** settings.steps)
+    return {
+        name: optimizer.state[parameter]["exp_avg_sq"] * factor
+        for name, parameter in trained.items()
+        if parameter in optimizer.state  # the pooler is never used, so it has no gradient
+    }
+
+
+def _save_fisher(encoder: Encoder, folder: Path, information: dict[str, Tensor]) -> None:
+    """Save ``information`` as a checkpoint; zeros stand for what was not trained."""
+    folder.mkdir()
+    tensors = {
+        name: information.get(name, torch.zeros_like(value)).contiguous()
+        for name, value in encoder.model.state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder.model.config.save_pretrained(folder)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the figures depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

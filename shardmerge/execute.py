@@ -1,0 +1,255 @@
+"""Which task next, what is durable, when to stop. Knows no tensors and no kernels."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from shardmerge.errors import Stopped
+from shardmerge.executors.api import Executor
+from shardmerge.ledger import Ledger
+from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of
+from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
+from shardmerge.shards import Receipt, ShardWriter
+from shardmerge.summaries import Partial, Summary, combine, settle
+from shardmerge.work import Done
+
+COMMIT_BYTES = 512 * 2**20
+"""Bytes of parts that become durable, and enter the ledger, together."""
+COMMIT_S = 5.0
+"""Seconds after which they do so anyway."""
+_TICK_S = 0.2
+
+
+class Progress(Protocol):
+    """Told of every task that ended."""
+
+    def start(self, *, tasks: int, tasks_done: int, write_bytes: int, written_bytes: int) -> None:
+        """What there is to do, and what an earlier run has done of it."""
+
+    def task(self, done: Done, task: Task) -> None:
+        """One task ended."""
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """A pass of one scope whose tasks are not all done."""
+
+    left: int
+    partials: list[Partial]
+
+
+def execute(
+    plan: Plan,
+    executor: Executor,
+    ledger: Ledger,
+    writer: ShardWriter,
+    *,
+    progress: Progress,
+    stop: threading.Event,
+) -> None:
+    """Run every task whose parts the ledger does not have.
+
+    Raises:
+        Stopped: ``stop`` was set; everything that was written is in the ledger.
+        ShardmergeError: of the first task that failed; likewise.
+    """
+    with _Committer(ledger, writer) as committer:
+        _Drive(plan, ledger, committer, progress).run(executor, stop)
+
+
+class _Committer:
+    """Makes receipts durable in groups, on a thread of its own so that tasks go on meanwhile."""
+
+    def __init__(self, ledger: Ledger, writer: ShardWriter) -> None:
+        self._ledger = ledger
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._receipts: list[Receipt] = []
+        self._decisions: dict[str, Decision] = {}
+        self._bytes = 0
+        self._last = time.monotonic()
+        self._running: Future[None] | None = None
+
+    def add(self, receipts: tuple[Receipt, ...]) -> None:
+        """Receipts of parts that are written, not yet durable."""
+        self._receipts += receipts
+        self._bytes += sum(receipt.nbytes for receipt in receipts)
+
+    def decide(self, key: str, decision: Decision) -> None:
+        """A decision to keep."""
+        self._decisions[key] = decision
+
+    def tick(self) -> None:
+        """Start a commit if one is due and none is running. Raises the error of an earlier one."""
+        due = self._bytes >= COMMIT_BYTES or time.monotonic() - self._last >= COMMIT_S
+        if due and (self._running is None or self._running.done()):
+            self._start()
+
+    def _start(self) -> None:
+        if self._running is not None:
+            self._running.result()
+        receipts, self._receipts = self._receipts, []
+        decisions, self._decisions = self._decisions, {}
+        self._bytes, self._last = 0, time.monotonic()
+        self._running = self._thread.submit(self._commit, receipts, decisions)
+
+    def _commit(self, receipts: list[Receipt], decisions: Mapping[str, Decision]) -> None:
+        if receipts:
+            self._writer.sync()
+        self._ledger.record(receipts, decisions)
+
+    def __enter__(self) -> _Committer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Also after an error: what was written stays, whatever ended the run.
+        try:
+            self._start()
+            if self._running is not None:
+                self._running.result()
+        finally:
+            self._thread.shutdown()
+
+
+class _Drive:
+    """The state of one run: tasks that wait for decisions, passes that wait for tasks."""
+
+    def __init__(
+        self, plan: Plan, ledger: Ledger, committer: _Committer, progress: Progress
+    ) -> None:
+        self._plan = plan
+        self._committer = committer
+        self._progress = progress
+        self._decided: dict[str, Decision] = dict(ledger.decisions)
+        self._receipts = ledger.receipts
+        self._tasks = {task.number: task for task in self._to_do()}
+        self._waiting: dict[str, list[int]] = {}
+        self._missing: dict[int, int] = {}
+        self._ready: list[int] = []
+        self._measuring: dict[tuple[int, str], _Measuring] = {}
+        self._summaries: dict[int, dict[str, Summary]] = {}
+        for task in self._tasks.values():
+            self._enter(task)
+
+    def _to_do(self) -> list[Task]:
+        """Merges with parts that are not written, and the measures that they still wait for."""
+        merges = [t for t in self._plan.tasks if isinstance(t, MergeTask) and self._unfinished(t)]
+        missing = {key for task in merges for key in task.needs} - set(self._decided)
+        wanted = {_scope_key(key) for key in missing}
+        measures: list[Task] = []
+        for task in reversed(self._plan.tasks):
+            if isinstance(task, MeasureTask) and self._plan.scopes[task.scope].key in wanted:
+                # All measures of the scope: summaries are not kept, only decisions are.
+                measures.append(task)
+                wanted |= {_scope_key(key) for key in task.needs if key not in self._decided}
+        return [*reversed(measures), *merges]
+
+    def _unfinished(self, task: MergeTask) -> bool:
+        return any((part.shard, part.number) not in self._receipts for part in task.parts)
+
+    def _enter(self, task: Task) -> None:
+        if isinstance(task, MeasureTask):
+            pass_key = (task.scope, task.step)
+            self._measuring.setdefault(pass_key, _Measuring(0, [])).left += 1
+        missing = [key for key in task.needs if key not in self._decided]
+        for key in missing:
+            self._waiting.setdefault(key, []).append(task.number)
+        self._missing[task.number] = len(missing)
+        if not missing:
+            heapq.heappush(self._ready, task.number)
+
+    def run(self, executor: Executor, stop: threading.Event) -> None:
+        """Submit, collect, settle, until nothing is left."""
+        self._announce()
+        flying = 0
+        while self._ready or flying:
+            if stop.is_set():
+                executor.stop()
+                self._collect(executor)
+                raise Stopped("stopped; run the same command again to go on from here.")
+            while self._ready and flying < executor.slots:
+                task = self._tasks[heapq.heappop(self._ready)]
+                executor.submit(task, {key: self._decided[key] for key in task.needs})
+                flying += 1
+            done = executor.next_done(_TICK_S)
+            if done is not None:
+                flying -= 1
+                self._finish(done)
+            self._committer.tick()
+
+    def _announce(self) -> None:
+        plan = self._plan
+        written = sum(receipt.nbytes for receipt in self._receipts.values())
+        self._progress.start(
+            tasks=len(plan.tasks),
+            tasks_done=len(plan.tasks) - len(self._tasks),
+            write_bytes=plan.output_bytes,
+            written_bytes=written,
+        )
+
+    def _collect(self, executor: Executor) -> None:
+        """Take what ended while the executor was stopping."""
+        while (done := executor.next_done(0)) is not None:
+            self._finish(done)
+
+    def _finish(self, done: Done) -> None:
+        task = self._tasks[done.task]
+        self._committer.add(done.receipts)
+        self._progress.task(done, task)
+        if isinstance(task, MeasureTask) and done.partial is not None:
+            measuring = self._measuring[task.scope, task.step]
+            measuring.partials.append(done.partial)
+            measuring.left -= 1
+            if measuring.left == 0:
+                del self._measuring[task.scope, task.step]
+                self._settle(task.scope, task.step, combine(measuring.partials))
+
+    def _settle(self, scope: int, step: str, summary: Summary) -> None:
+        """Take every decision that this summary completes, and wake what waits for it."""
+        plan_scope = self._plan.scopes[scope]
+        summaries = self._summaries.setdefault(scope, {})
+        summaries[step] = summary
+        method = plan_scope.method
+        info = info_of(method)
+        levels = info.levels(method)
+        for candidate in info.passes[:-1]:
+            if candidate.kind is not Kind.SETTLE or levels[candidate.name] is None:
+                continue
+            key = f"{plan_scope.key}/{candidate.name}"
+            known = self._known(scope, info.passes, levels)
+            if key not in self._decided and all(
+                n in summaries or n in known for n in candidate.needs
+            ):
+                self._decide(key, settle(method, candidate, summaries, known))
+
+    def _known(
+        self, scope: int, passes: tuple[Pass, ...], levels: Mapping[str, Over | None]
+    ) -> dict[str, Decision | None]:
+        """Decisions of a scope that were taken, by the name of the pass."""
+        key = self._plan.scopes[scope].key
+        found: dict[str, Decision | None] = {}
+        for step in passes[:-1]:
+            if step.kind is Kind.SETTLE:
+                if levels[step.name] is None:
+                    found[step.name] = None
+                elif f"{key}/{step.name}" in self._decided:
+                    found[step.name] = self._decided[f"{key}/{step.name}"]
+        return found
+
+    def _decide(self, key: str, decision: Decision) -> None:
+        self._decided[key] = decision
+        self._committer.decide(key, decision)
+        for number in self._waiting.pop(key, ()):
+            self._missing[number] -= 1
+            if self._missing[number] == 0:
+                heapq.heappush(self._ready, number)
+
+
+def _scope_key(key: str) -> str:
+    return key.rpartition("/")[0]

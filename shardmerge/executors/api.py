@@ -1,0 +1,40 @@
+"""What the engine asks of a place to run tasks. An executor only runs; it decides nothing.
+
+Promises, which ``testing.ExecutorSuite`` checks for every executor:
+
+- every task that is submitted ends in exactly one ``Done`` or one error raised by ``next_done``.
+- ``stop`` makes running tasks end soon, without a ``Done``; none is started after it.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from shardmerge.plan import Task
+from shardmerge.work import Decided, Done
+
+
+class Executor(Protocol):
+    """A place to run tasks."""
+
+    slots: int
+    """Tasks to keep submitted so that every worker is busy."""
+
+    def submit(self, task: Task, decided: Decided) -> None:
+        """Run ``task`` with the decisions that it needs."""
+
+    def next_done(self, timeout_s: float) -> Done | None:
+        """The next task that ended; None after ``timeout_s`` without one. Raises a task's error."""
+
+    def stop(self) -> None:
+        """Make running tasks end early and wait for them."""
+
+    def __enter__(self) -> Executor: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,206 @@
+"""Which parts are written and what was decided: durable, append-only, bound to one plan.
+
+The file holds one JSON value per line: first what the output depends on, then receipts, decisions
+and how far publishing came. A line is written once and never changed; a last line that was torn by
+a crash is cut off, and its part is done again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from shardmerge.errors import LedgerMismatchError, LockedError
+from shardmerge.methods.api import Decision
+from shardmerge.shards import Receipt, write_failed
+
+LEDGER = "ledger.jsonl"
+LOCK = "lock"
+
+
+def fingerprint(identity: Mapping[str, str]) -> str:
+    """A short text that differs whenever anything the output depends on does."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Lock:
+    """The right to write to one OUT; the kernel gives it back when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._file = -1
+
+    def __enter__(self) -> Lock:
+        while True:
+            try:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(self._file, 200).decode(errors="replace") or "another process"
+                os.close(self._file)
+                raise LockedError(
+                    f"{self._path.parent.parent} is being written by {owner}.\n"
+                    "  Wait for it, or stop it and run this command again to go on from there."
+                ) from None
+            except OSError as problem:
+                raise write_failed(self._path, problem) from problem
+            if self._still_there():
+                break
+            os.close(self._file)  # the run that held it has published and removed the folder
+            self._path.parent.mkdir(exist_ok=True)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return self
+
+    def _still_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+
+class Ledger:
+    """The ledger of one run. Every ``record`` is durable when it returns.
+
+    Attributes:
+        receipts: of the parts that are written, by (shard, part).
+        decisions: by key.
+        events: how far publishing came.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        self._path = path
+        self.receipts: dict[tuple[int, int], Receipt] = {}
+        self.decisions: dict[str, Decision] = {}
+        self.events: set[str] = set()
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._load(identity)
+        except OSError as problem:
+            raise write_failed(path, problem) from problem
+
+    def _load(self, identity: Mapping[str, str]) -> None:
+        text = self._path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.ftruncate(self._file, whole)
+        lines = text[:whole].splitlines()
+        if not lines:
+            self._append([{"identity": dict(identity)}])
+            return
+        try:
+            records = [json.loads(line) for line in lines]
+            before = records[0]["identity"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as problem:
+            raise LedgerMismatchError(
+                f"{self._path} is damaged ({problem}). Start over with --fresh."
+            ) from None
+        if before != dict(identity):
+            raise LedgerMismatchError(self._difference(before, identity))
+        for record in records[1:]:
+            self._take(record)
+
+    def _take(self, record: Mapping[str, object]) -> None:
+        match record:
+            case {"part": [int(shard), int(number)], "bytes": int(n), "crc32": int(crc), **rest}:
+                found = rest.get("non_finite", [])
+                pairs = tuple((int(t), int(k)) for t, k in found)  # type: ignore[attr-defined]
+                self.receipts[shard, number] = Receipt(shard, number, n, crc, pairs)
+            case {"decision": str(key), "values": list(values)}:
+                self.decisions[key] = tuple(float(value) for value in values)
+            case {"event": str(event)}:
+                self.events.add(event)
+            case _:
+                raise LedgerMismatchError(
+                    f"{self._path} has a line that this version does not know: {record}. "
+                    "Start over with --fresh."
+                )
+
+    def _difference(self, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+        lines = []
+        for key in sorted({*before, *now}):
+            old, new = before.get(key), now.get(key)
+            if old != new:
+                lines.append(f"  {key} changed:")
+                lines += [f"    {line}" for line in _changes(old, new)]
+        return "\n".join(
+            [
+                f"{self._path.parent} holds an unfinished run of another recipe or of changed "
+                "sources:",
+                *lines,
+                "  Undo the change to go on from there, or start over with --fresh.",
+            ]
+        )
+
+    def record(
+        self, receipts: Iterable[Receipt] = (), decisions: Mapping[str, Decision] | None = None
+    ) -> None:
+        """Write receipts of parts that are durable themselves, and decisions."""
+        records: list[Mapping[str, object]] = []
+        for receipt in receipts:
+            record: dict[str, object] = {
+                "part": [receipt.shard, receipt.number],
+                "bytes": receipt.nbytes,
+                "crc32": receipt.crc32,
+            }
+            if receipt.non_finite:
+                record["non_finite"] = [list(pair) for pair in receipt.non_finite]
+            records.append(record)
+            self.receipts[receipt.shard, receipt.number] = receipt
+        for key, values in (decisions or {}).items():
+            records.append({"decision": key, "values": list(values)})
+            self.decisions[key] = values
+        if records:
+            self._append(records)
+
+    def mark(self, event: str) -> None:
+        """Record how far publishing came."""
+        if event not in self.events:
+            self._append([{"event": event}])
+            self.events.add(event)
+
+    def forget_shards(self, shards: set[int]) -> None:
+        """Drop the receipts of shards whose bytes are gone; their parts are done again."""
+        for key in [key for key in self.receipts if key[0] in shards]:
+            del self.receipts[key]
+
+    def _append(self, records: Sequence[Mapping[str, object]]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        try:
+            while text:
+                text = text[os.write(self._file, text) :]
+            os.fsync(self._file)
+        except OSError as problem:
+            raise write_failed(self._path, problem) from problem
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _changes(old: str | None, new: str | None) -> list[str]:
+    """The lines that differ, the first few."""
+    if old is None or new is None:
+        return ["it was not there before" if old is None else "it is not there any more"]
+    lines = [
+        line
+        for line in difflib.ndiff(old.splitlines(), new.splitlines())
+        if line.startswith(("- ", "+ "))
+    ]
+    return lines[:6] + ([f"... {len(lines) - 6} more"] if len(lines) > 6 else [])

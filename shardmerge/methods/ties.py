@@ -1,0 +1,189 @@
+"""TIES: trim each task vector, elect one sign per element, average what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardmerge.methods.api import (
+    Base,
+    Counts,
+    Decision,
+    Expr,
+    Floats,
+    Histograms,
+    Over,
+    PerModel,
+    Tile,
+    Totals,
+    fraction,
+    magnitude_key,
+    measure,
+    merge_method,
+    merges,
+    oracle,
+    parameter,
+    settle,
+    single,
+    sum_of,
+    where,
+    wide,
+)
+from shardmerge.methods.election import elected_sum, elected_sum_formula
+
+# The bits of |delta| as float32, without its sign, are 31: upper 16 first, then lower 15.
+_LOWER_BITS = 15
+_LOWER_MASK = (1 << _LOWER_BITS) - 1
+
+
+@merge_method("ties", base=Base.REQUIRED, inert=("int8_mask", "rescale"))
+class Ties:
+    """Merge task vectors by trimming, sign election and disjoint mean.
+
+    Each task vector keeps its ``density`` largest magnitudes. Per element, the sign with the larger
+    weighted sum is elected; the values of that sign are averaged by weight, scaled by ``lambda`` and
+    added to the base model.
+
+        merged = base + lambda * sum_k(w_k * trim(delta_k) * [sign agrees]) / sum_k(w_k * [agrees])
+
+    Passes: two measures find the exact magnitude to trim at (counts by the upper 16 bits of
+        |delta|, then by the lower bits inside one of those bins), then the merge; with
+        ``trim: model`` a third counts signs. With density 1 there is nothing to measure.
+    Args:
+        weight: of each model, any finite number; required.
+        density: share of each task vector's elements that is kept, 0 to 1.
+        normalize: divide by the sum of the weights that agree (disjoint mean), else the sum.
+        lambda: scale of the merged task vector.
+        trim: ``tensor``: each tensor keeps its share; ``model``: the whole model keeps its share,
+            as the authors' code.
+    Shapes: elementwise; any shape.
+    Raises:
+        RecipeError: for a density outside 0 to 1.
+    Differs: every element whose magnitude is at least the max(1, int(density * n))-th largest is
+        kept (over a model the int(density * n) + 1-th, as the authors' code): of equal magnitudes
+        all or none. mergekit keeps exactly that many, in an unstable order. A zero sum elects +
+        with ``trim: tensor`` (mergekit), the model's majority sign with ``trim: model`` (the
+        paper), where no majority counts as -. Magnitudes are compared as float32, so float64
+        inputs that are equal in float32 are kept or trimmed together.
+    Example:
+        >>> merge_arrays(Ties(weight=(1.0, 1.0), density=(0.5, 0.5), normalize=True, lam=1.0,
+        ...                   trim=Over.TENSOR),
+        ...              base=[0, 0, 0, 0], models=[[4, 1, -3, 0], [2, -5, 1, 0]])
+        [3.0, -5.0, -3.0, 0.0]
+    Reference: Yadav, Tam, Choshen, Raffel, Bansal. TIES-Merging: Resolving Interference When
+        Merging Models. NeurIPS 2023. arXiv:2306.01708, algorithm 1.
+    """
+
+    weight: PerModel[float] = parameter()
+    density: PerModel[float] = parameter(1.0, check=fraction)
+    normalize: bool = parameter(True)
+    lam: float = parameter(1.0, key="lambda")
+    trim: Over = parameter(Over.TENSOR)
+
+    @measure(over="trim", when=lambda self: min(self.density) < 1)
+    def coarse(self, tile: Tile) -> Histograms:
+        """Counts of |delta| by its upper bits."""
+        return Histograms(tuple(magnitude_key(d) >> _LOWER_BITS for d in tile.deltas))
+
+    @settle(same=("density", "trim"))
+    def bins(self, coarse: Counts) -> Decision:
+        """The bin of upper bits that holds each model's threshold."""
+        return tuple(
+            float(_bin_and_rank(counts, self._rank(k, counts))[0])
+            for k, counts in enumerate(coarse)
+        )
+
+    @measure(over="trim", when=lambda self: min(self.density) < 1)
+    def fine(self, tile: Tile, bins: Decision) -> Histograms:
+        """Counts of |delta| by its lower bits, inside the bin."""
+        keys = [magnitude_key(d) for d in tile.deltas]
+        inside = [
+            wide(key >> _LOWER_BITS).equals(bin_) for key, bin_ in zip(keys, bins, strict=True)
+        ]
+        return Histograms(tuple(key & _LOWER_MASK for key in keys), only=tuple(inside))
+
+    @settle(same=("density", "trim"))
+    def cut(self, coarse: Counts, fine: Counts) -> Decision:
+        """Each model's threshold: the exact magnitude of the last element that is kept."""
+        thresholds = []
+        for k, counts in enumerate(coarse):
+            upper, rank = _bin_and_rank(counts, self._rank(k, counts))
+            lower, _ = _bin_and_rank(fine[k], rank)
+            bits = np.array([upper << _LOWER_BITS | lower], dtype=np.uint32)
+            thresholds.append(float(bits.view(np.float32)[0]))
+        return tuple(thresholds)
+
+    @measure(over=Over.MODEL, when=lambda self: self.trim is Over.MODEL)
+    def signs(self, tile: Tile, cut: Decision | None) -> Totals:
+        """The number of positive less that of negative sums of trimmed task vectors."""
+        total = sum_of(self._trimmed(tile, cut))
+        return Totals((where(total > 0.0, 1.0, where(total < 0.0, -1.0, 0.0 * total)),))
+
+    @settle()
+    def majority(self, signs: Sequence[float]) -> Decision:
+        """+1 or -1: the sign of elements whose sum is zero."""
+        return (1.0 if signs[0] > 0 else -1.0,)
+
+    @merges
+    def merge(self, tile: Tile, cut: Decision | None, majority: Decision | None) -> Expr:
+        """Elect a sign and add what agrees."""
+        weighted = self._trimmed(tile, cut)
+        total = sum_of(weighted)
+        positive = total >= 0.0
+        if majority is not None:
+            positive = (total > 0.0) | (total.equals(0.0) & (majority[0] > 0.0))
+        merged = elected_sum(weighted, self.weight, normalize=self.normalize, positive=positive)
+        return tile.reference + self.lam * merged
+
+    def _rank(self, model: int, counts: Counts) -> int:
+        """How many elements of the model are kept, counted from the largest."""
+        total = int(counts.sum())
+        kept = int(self.density[model] * total)
+        return max(1, kept) if self.trim is Over.TENSOR else min(total, kept + 1)
+
+    def _trimmed(self, tile: Tile, cut: Decision | None) -> list[Expr]:
+        """Weight times task vector, zero below the threshold."""
+        if cut is None:
+            return [w * delta for w, delta in zip(self.weight, tile.deltas, strict=True)]
+        return [
+            where(wide(abs(single(delta))) >= threshold, w * delta, 0.0)
+            for w, delta, threshold in zip(self.weight, tile.deltas, cut, strict=True)
+        ]
+
+
+def _bin_and_rank(counts: np.ndarray, rank: int) -> tuple[int, int]:
+    """The bin that holds the ``rank``-th largest key, and its rank inside that bin (from 1)."""
+    from_above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_above, rank))
+    above = int(from_above[place - 1]) if place else 0
+    return len(counts) - 1 - place, rank - above
+
+
+@oracle(Ties)
+def formula(
+    base: Floats,
+    models: Sequence[Floats],
+    *,
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    lam: float,
+    trim: Over,
+) -> Floats:
+    """Algorithm 1 on whole arrays, by sorting. One array is one tensor and the whole model."""
+    weighted = []
+    for w, share, model in zip(weight, density, models, strict=True):
+        delta = model - base
+        kept = int(share * delta.size)
+        rank = max(1, kept) if trim is Over.TENSOR else min(delta.size, kept + 1)
+        threshold = np.sort(np.abs(delta), axis=None)[::-1][rank - 1] if share < 1 else 0.0
+        weighted.append(w * np.where(np.abs(delta) >= threshold, delta, 0.0))
+    total = np.sum(weighted, axis=0)
+    sign = np.sign(total)
+    majority = 1.0 if trim is Over.TENSOR or sign.sum() > 0 else -1.0
+    sign[sign == 0] = majority
+    merged = elected_sum_formula(
+        np.stack(weighted), np.array(weight), normalize=normalize, sign=sign
+    )
+    return base + lam * merged

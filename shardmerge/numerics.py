@@ -1,0 +1,177 @@
+"""Numbers: dtypes, random numbers that do not depend on tiling, exact sums, checksums that combine.
+
+Nothing here knows about files, tensors' names or merge methods.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+CANONICAL_BLOCK = 65_536
+"""Elements per partial sum. Float summaries are summed over these blocks of the flat index and the blocks are
+combined exactly, so that the result does not depend on how a tensor was cut into tiles."""
+
+
+class DType(enum.Enum):
+    """An element type as the safetensors format names it.
+
+    ``torch_name`` is the name that recipes, ``config.json`` and torch use.
+    """
+
+    itemsize: int
+    torch_name: str
+    is_float: bool
+
+    F64 = ("F64", 8, "float64", True)
+    F32 = ("F32", 4, "float32", True)
+    BF16 = ("BF16", 2, "bfloat16", True)
+    F16 = ("F16", 2, "float16", True)
+    F8_E4M3 = ("F8_E4M3", 1, "float8_e4m3fn", True)
+    F8_E5M2 = ("F8_E5M2", 1, "float8_e5m2", True)
+    I64 = ("I64", 8, "int64", False)
+    U64 = ("U64", 8, "uint64", False)
+    I32 = ("I32", 4, "int32", False)
+    U32 = ("U32", 4, "uint32", False)
+    I16 = ("I16", 2, "int16", False)
+    U16 = ("U16", 2, "uint16", False)
+    I8 = ("I8", 1, "int8", False)
+    U8 = ("U8", 1, "uint8", False)
+    BOOL = ("BOOL", 1, "bool", False)
+
+    def __new__(cls, code: str, itemsize: int, torch_name: str, is_float: bool) -> DType:
+        member = object.__new__(cls)
+        member._value_ = code
+        member.itemsize = itemsize
+        member.torch_name = torch_name
+        member.is_float = is_float
+        return member
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether this is one of the 8-bit floating-point types."""
+        return self.is_float and self.itemsize == 1
+
+
+DTYPE_BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType}
+
+
+def promote(dtypes: Iterable[DType]) -> DType:
+    """The smallest floating dtype that holds every value of ``dtypes`` (bfloat16 with float16 gives float32).
+
+    Args:
+        dtypes: at least one floating dtype.
+    Raises:
+        ValueError: for an integer dtype, or none at all.
+    """
+    kinds = set(dtypes)
+    if not kinds or any(not dtype.is_float for dtype in kinds):
+        raise ValueError(f"promote needs floating dtypes, got {sorted(d.value for d in kinds)}")
+    if len(kinds) == 1:
+        return kinds.pop()
+    if DType.F64 in kinds:
+        return DType.F64
+    halves = {DType.F16 if dtype.is_fp8 else dtype for dtype in kinds}
+    return halves.pop() if len(halves) == 1 else DType.F32
+
+
+# --- random numbers -------------------------------------------------------------------------------------------
+
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_ROUNDS = 10
+
+
+def philox_key(seed: int, position: int, tensor: str) -> int:
+    """The 64-bit Philox key of one model's random numbers for one output tensor.
+
+    Args:
+        seed: the recipe's seed.
+        position: the model's place in the recipe, from 0.
+        tensor: the name of the output tensor.
+    """
+    text = f"{seed}\0{position}\0{tensor}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def philox4x32(counter: npt.NDArray[np.uint32], key: int) -> npt.NDArray[np.uint32]:
+    """Philox4x32-10 random numbers.
+
+    Args:
+        counter: shape [n, 4], 128-bit counters as little-endian words.
+        key: 64 bits.
+    Returns:
+        shape [n, 4].
+    Reference: Salmon, Moraes, Dror, Shaw. Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011, section 4.3.
+    """
+    c0, c1, c2, c3 = (counter[:, word].astype(np.uint64) for word in range(4))
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(PHILOX_ROUNDS):
+        p0 = np.uint64(PHILOX_M0) * c0
+        p1 = np.uint64(PHILOX_M1) * c2
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            p0 & low,
+        )
+        k0, k1 = (k0 + PHILOX_W0) & 0xFFFFFFFF, (k1 + PHILOX_W1) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+
+
+def philox_stream(key: int, first: int, count: int) -> npt.NDArray[np.uint32]:
+    """One random 32-bit number for each flat index in ``[first, first + count)``; shape [count].
+
+    The counter is ``index // 4`` and the number its word ``index % 4``: it depends on nothing else,
+    and one block of Philox serves four elements.
+    """
+    block = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
+    counter = np.zeros((len(block), 4), dtype=np.uint32)
+    counter[:, 0] = block & np.uint64(0xFFFFFFFF)
+    counter[:, 1] = block >> np.uint64(32)
+    return philox4x32(counter, key).reshape(-1)[first % 4 :][:count]
+
+
+# --- exact sums -----------------------------------------------------------------------------------------------
+
+
+def combine_blocks(blocks: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """Sums of each column of ``blocks`` [number of blocks, sums], rounded once: any order gives the same bits."""
+    return tuple(math.fsum(column) for column in blocks.T)
+
+
+# --- checksums ------------------------------------------------------------------------------------------------
+
+_CRC32_POLYNOMIAL = 0xEDB88320
+
+
+def _gf2_times(matrix: list[int], vector: int) -> int:
+    product, row = 0, 0
+    while vector:
+        if vector & 1:
+            product ^= matrix[row]
+        vector >>= 1
+        row += 1
+    return product
+
+
+def crc32_combine(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32 of two byte strings joined, from the CRC-32 of each and the length of the second.
+
+    Appending n zero bytes is a linear map on the CRC's 32 bits; it is applied by repeated squaring.
+    """
+    zero_bit = [_CRC32_POLYNOMIAL] + [1 << bit for bit in range(31)]
+    square = lambda matrix: [_gf2_times(matrix, row) for row in matrix]  # noqa: E731
+    operator = square(square(square(zero_bit)))  # one zero byte
+    while second_bytes:
+        if second_bytes & 1:
+            first = _gf2_times(operator, first)
+        operator = square(operator)
+        second_bytes >>= 1
+    return first ^ second

@@ -1,0 +1,299 @@
+"""What each slice of a recipe contributes to the output: names, layer numbers, depths. Pure.
+
+A recipe without ``slices`` is one part, in which every tensor keeps its name. One with ``slices``
+is a part for what comes before the layers (the first slice's), one for the layers of each slice,
+and one for what comes after them (the last slice's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from shardmerge import mismatch
+from shardmerge.layers import (
+    Layout,
+    depth,
+    input_embedding,
+    is_before_layers,
+    is_encoder_decoder,
+    is_tied,
+    layout_of,
+    output_embeddings,
+)
+from shardmerge.mismatch import Findings
+from shardmerge.recipe import ModelName, Recipe, Slice, Source
+from shardmerge.sources.tensor import Checkpoint, TensorRef
+
+View = Mapping[str, TensorRef]
+"""Tensors of a checkpoint by the names that they have in the output."""
+Views = Mapping[ModelName, View]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Output tensors that come from one slice.
+
+    Args:
+        slice: its number.
+        base: the base model's tensors; None where the recipe names none, or not its layers.
+        sources: the tensors of each source of the slice.
+        names: of all of these, in output order.
+        depths: of names in a stack of layers, from 0 (first layer) to 1 (last); others are at 0.
+        numbered: whether names are layers that are numbered anew.
+    """
+
+    slice: int
+    base: View | None
+    sources: tuple[View, ...]
+    names: tuple[str, ...]
+    depths: Mapping[str, float]
+    numbered: bool
+
+
+def tied_views(
+    recipe: Recipe, sources: Mapping[ModelName, Checkpoint]
+) -> tuple[Views, dict[str, list[ModelName]]]:
+    """The tensors of the models to merge, with tied output embeddings where another model stores them.
+
+    Returns:
+        the tensors of each model by name, and the models in which each output embedding is tied.
+    """
+    models = [source.model for part in recipe.slices for source in part.sources]
+    models += [recipe.base_model] if recipe.base_model else []
+    stored = {model: output_embeddings(sources[model].tensors) for model in dict.fromkeys(models)}
+    heads = dict.fromkeys(chain.from_iterable(stored.values()))
+    views: dict[ModelName, View] = {}
+    tied: dict[str, list[ModelName]] = {}
+    for model, own in stored.items():
+        tensors = views[model] = sources[model].tensors
+        embedding = None
+        if heads and not own and is_tied(sources[model].config):
+            embedding = input_embedding(tensors)
+        if embedding is not None:
+            views[model] = {**tensors, **dict.fromkeys(heads, tensors[embedding])}
+            for head in heads:
+                tied.setdefault(head, []).append(model)
+    return views, tied
+
+
+# --- without slices ---------------------------------------------------------------------------------
+
+
+def plain_part(
+    recipe: Recipe,
+    sources: Mapping[ModelName, Checkpoint],
+    views: Views,
+    donor: ModelName,
+    findings: Findings,
+) -> list[Part]:
+    """The one part of a recipe without ``slices``; names in the donor's order, then the others'."""
+    recipe_slice = recipe.slices[0]
+    base = None if recipe.base_model is None else views[recipe.base_model]
+    others = tuple(views[source.model] for source in recipe_slice.sources)
+    names = tuple(dict.fromkeys(chain(views[donor], *others)))
+    for model, view in views.items():
+        if views[donor].keys().isdisjoint(view):
+            findings.problem(mismatch.Plain(_nothing_shared(donor, model, views)))
+    layout = layout_of(names, sources[donor].config)
+    depths = {name: layout.depth(name) for name in layout.places}
+    return [Part(0, base, others, names, depths, numbered=False)]
+
+
+def _nothing_shared(donor: ModelName, model: ModelName, views: Views) -> str:
+    first, second = (next(iter(views[name]), "nothing") for name in (donor, model))
+    return (
+        f"{model} and {donor} have no tensor name in common ({second}, ...; {first}, ...).\n"
+        "  Only models of one architecture, saved in the same way, can be merged. Save both with the\n"
+        "  same version of transformers, or check the paths."
+    )
+
+
+# --- with slices ------------------------------------------------------------------------------------
+
+
+def layered_parts(
+    recipe: Recipe,
+    sources: Mapping[ModelName, Checkpoint],
+    views: Views,
+    donor: ModelName,
+    findings: Findings,
+) -> tuple[list[Part], tuple[int, ...]]:
+    """The parts of a recipe with ``slices``, in output order.
+
+    Returns:
+        them, and for each output layer the layer of the donor whose settings it takes.
+    """
+    layouts = {model: layout_of(view, sources[model].config) for model, view in views.items()}
+    if not _check(recipe, sources, layouts, findings):
+        return [], ()
+    before: list[Part] = []
+    layers: list[int] = []
+    for number, recipe_slice in enumerate(recipe.slices):
+        before.append(_layers(number, recipe_slice, views, layouts, first=len(layers)))
+        donors = [source for source in _all(recipe_slice) if source.model == donor]
+        start, stop = _range((*donors, *recipe_slice.sources)[0])
+        layers += range(start, stop)
+    head = _outside(recipe, 0, views, layouts, before=True)
+    tail = _outside(recipe, len(recipe.slices) - 1, views, layouts, before=False)
+    _note_left_out(views, layouts, head, tail, findings)
+    return [head, *before, tail], tuple(layers)
+
+
+def _all(recipe_slice: Slice) -> tuple[Source, ...]:
+    """The base model of a slice, if it has layers, and its sources."""
+    base = recipe_slice.base
+    return (*((base,) if base and base.layers else ()), *recipe_slice.sources)
+
+
+def _range(source: Source) -> tuple[int, int]:
+    assert source.layers is not None, f"{source.where} has no layer_range"
+    return source.layers
+
+
+def _check(
+    recipe: Recipe,
+    sources: Mapping[ModelName, Checkpoint],
+    layouts: Mapping[ModelName, Layout],
+    findings: Findings,
+) -> bool:
+    """Whether all layers that the slices name are there; reports what is not."""
+    problems = []
+    for model, layout in layouts.items():
+        if is_encoder_decoder(layout, sources[model].config):
+            problems.append(
+                f"slices: {model} has an encoder and a decoder, whose layers are numbered apart.\n"
+                "  Slices of such models are not supported; merge whole models with `models:`."
+            )
+        elif layout.main is None:
+            problems.append(
+                f"slices: {model} has no numbered layers among its {len(sources[model].tensors):,} "
+                "tensors.\n  Merge whole models with `models:`."
+            )
+    mains = {layout.main: model for model, layout in reversed(layouts.items())}
+    if not problems and len(mains) > 1:
+        told = ", ".join(f"'{main}0.' in {model}" for main, model in reversed(mains.items()))
+        problems.append(
+            f"slices: the models name their layers in different ways: {told}.\n"
+            "  Only models of one architecture, saved in the same way, can be merged."
+        )
+    for recipe_slice in recipe.slices:
+        everyone = _all(recipe_slice)
+        problems += [_too_far(source, layouts[source.model]) for source in everyone]
+        lengths = {stop - start for start, stop in map(_range, everyone)}
+        if len(lengths) > 1:
+            told = ", ".join(f"{list(_range(source))} of {source.model}" for source in everyone)
+            problems.append(
+                f"{recipe_slice.where}: the sources have different numbers of layers: {told}.\n"
+                "  Layers are merged one by one, so each layer_range must be equally long."
+            )
+    problems = [problem for problem in problems if problem]
+    for problem in problems:
+        findings.problem(mismatch.Plain(problem))
+    return not problems
+
+
+def _too_far(source: Source, layout: Layout) -> str:
+    """What is wrong with a ``layer_range``; empty where nothing is."""
+    if layout.main is None or _range(source)[1] <= layout.layer_count:
+        return ""
+    return (
+        f"{source.where}: layer_range {list(_range(source))} goes beyond the "
+        f"{layout.layer_count} layers of {source.model}.\n"
+        f"  The end is not included: the last possible one is {layout.layer_count}."
+    )
+
+
+def _layers(
+    number: int,
+    recipe_slice: Slice,
+    views: Views,
+    layouts: Mapping[ModelName, Layout],
+    *,
+    first: int,
+) -> Part:
+    """The layers of a slice; the output's begin with number ``first``."""
+    order: dict[str, int] = {}
+
+    def renamed(source: Source) -> View:
+        layout = layouts[source.model]
+        start, stop = _range(source)
+        found = {}
+        for name, ref in views[source.model].items():
+            place = layout.places.get(name)
+            if place and place.prefix == layout.main and start <= place.layer < stop:
+                layer = first + place.layer - start
+                new = f"{place.prefix}{layer}{place.suffix}"
+                found[new] = ref
+                order.setdefault(new, layer)
+        return found
+
+    base = recipe_slice.base
+    base_view = renamed(base) if base and base.layers else None
+    others = tuple(renamed(source) for source in recipe_slice.sources)
+    start, stop = _range(recipe_slice.sources[0])
+    depths = {name: depth(layer - first, stop - start) for name, layer in order.items()}
+    names = tuple(sorted(order, key=order.__getitem__))
+    return Part(number, base_view, others, names, depths, numbered=True)
+
+
+def _outside(
+    recipe: Recipe,
+    number: int,
+    views: Views,
+    layouts: Mapping[ModelName, Layout],
+    *,
+    before: bool,
+) -> Part:
+    """The tensors outside the main stack that come before its layers, or after."""
+    recipe_slice = recipe.slices[number]
+    base = recipe.base_model
+
+    def kept(model: ModelName) -> View:
+        chosen = _outside_test(layouts[model], before=before)
+        return {name: ref for name, ref in views[model].items() if chosen(name)}
+
+    others = tuple(kept(source.model) for source in recipe_slice.sources)
+    base_view = kept(base) if base else None
+    names = tuple(dict.fromkeys(chain(base_view or (), *others)))
+    depths = {
+        name: layouts[model].depth(name)
+        for model in (source.model for source in recipe_slice.sources)
+        for name in layouts[model].places
+    }
+    return Part(number, base_view, others, names, depths, numbered=False)
+
+
+def _outside_test(layout: Layout, *, before: bool) -> Callable[[str], bool]:
+    def chosen(name: str) -> bool:
+        place = layout.places.get(name)
+        if place is not None:
+            return before and place.prefix != layout.main
+        return is_before_layers(name) is before
+
+    return chosen
+
+
+def _note_left_out(
+    views: Views,
+    layouts: Mapping[ModelName, Layout],
+    head: Part,
+    tail: Part,
+    findings: Findings,
+) -> None:
+    """Note tensors outside of layers that only models of other slices have, and MTP layers."""
+    taken: set[str] = {*head.names, *tail.names}
+    for model, view in views.items():
+        layout = layouts[model]
+        for name in view:
+            place = layout.places.get(name)
+            if place is None or place.prefix != layout.main:
+                if name not in taken:
+                    findings.note(f"only in {model}, which gives layers; left out", name)
+            elif place.layer >= layout.layer_count:
+                findings.note(f"beyond the {layout.layer_count} layers of {model}; left out", name)
+
+
+__all__: Sequence[str] = ["Part", "View", "Views", "layered_parts", "plain_part", "tied_views"]
+_ = Iterable

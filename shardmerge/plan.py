@@ -1,0 +1,458 @@
+"""How a merge is done: tasks, what each reads, keeps in memory and writes. Pure: no I/O, no clock.
+
+A plan is made from the output backwards. The layout says which bytes are written where; a task
+computes some of them, or measures something that others wait for. No two tasks write one byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardmerge.errors import MemoryBudgetError, RecipeError
+from shardmerge.kernels.trace import Inputs
+from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
+from shardmerge.match import OutputTensor, Outputs
+from shardmerge.methods.api import HISTOGRAM_BINS, Kind, Method, Over, Pass, info_of
+from shardmerge.numerics import CANONICAL_BLOCK, DType
+from shardmerge.recipe import Recipe
+from shardmerge.sources.tensor import TensorRef
+
+FOOTPRINT_BYTES = 224 * 2**20
+"""What a process holds before the first tile: the interpreter, numpy, the compiler, the plan."""
+TILE_ELEMENTS = 4 * CANONICAL_BLOCK
+"""Elements of a tile where memory allows: its inputs stay in the caches while they are used."""
+MEASURE_ELEMENTS = 1024 * CANONICAL_BLOCK
+"""Elements of one measuring task, about: larger tensors are measured by several workers."""
+COMFORTABLE_BYTES = 64 * 2**20
+"""Memory of a worker below which fewer workers are better than smaller tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Tensors that share decisions: one tensor, or all of the model that a method is taken over.
+
+    Args:
+        key: names it in the ledger.
+        method: of the (first) tensor.
+        tensors: their numbers.
+    """
+
+    key: str
+    method: Method
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureTask:
+    """Read pieces of tensors and keep a summary.
+
+    Args:
+        number: tasks run in this order as far as what they need is there.
+        scope: number of the scope it belongs to.
+        step: the measuring pass.
+        pieces: what is read.
+        needs: keys of the decisions that must be there.
+    """
+
+    number: int
+    scope: int
+    step: str
+    pieces: tuple[Piece, ...]
+    needs: tuple[str, ...]
+    read_bytes: int
+    memory_bytes: int
+    write_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTask:
+    """Compute and write parts.
+
+    Args:
+        resident: the inputs of each tensor are read once and kept while it is measured and merged.
+    """
+
+    number: int
+    parts: tuple[Part, ...]
+    resident: bool
+    needs: tuple[str, ...]
+    read_bytes: int
+    memory_bytes: int
+    write_bytes: int
+
+
+Task = MeasureTask | MergeTask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know, and all that decides its bytes.
+
+    Args:
+        out: where the checkpoint is published.
+        worker_bytes: memory that each worker may use for tiles.
+        identity: what the output's bytes depend on, as texts; the ledger is bound to it.
+    """
+
+    recipe: Recipe
+    outputs: Outputs
+    out: str
+    shards: tuple[Shard, ...]
+    scopes: tuple[Scope, ...]
+    tasks: tuple[Task, ...]
+    workers: int
+    kernels: int
+    worker_bytes: int
+    memory_bytes: int
+    identity: Mapping[str, str]
+    model_scope: Mapping[int, int] = field(repr=False)
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """The output's tensors."""
+        return self.outputs.tensors
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all output shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the sources."""
+        return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory the process uses, by the tasks' promises."""
+        most = sorted((task.memory_bytes for task in self.tasks), reverse=True)
+        return FOOTPRINT_BYTES + sum(most[: self.workers])
+
+    def scope_of(self, tensor: int, over: Over) -> int:
+        """Number of the scope in which ``tensor``'s decisions over ``over`` are taken."""
+        return tensor if over is Over.TENSOR else self.model_scope[tensor]
+
+    def key(self, tensor: int, step: str, over: Over) -> str:
+        """The ledger's key of a decision."""
+        return f"{self.scopes[self.scope_of(tensor, over)].key}/{step}"
+
+
+def make_plan(
+    recipe: Recipe,
+    outputs: Outputs,
+    out: str,
+    *,
+    memory_bytes: int,
+    cpus: int,
+    identity: Mapping[str, str],
+) -> Plan:
+    """The plan of a merge.
+
+    Args:
+        memory_bytes: the most memory the process may use.
+        cpus: kernels that may run at a time.
+    Raises:
+        MemoryBudgetError: for a budget in which some task cannot be done.
+        RecipeError: for parameters that must be the same over the model and are not.
+    """
+    tensors = outputs.tensors
+    specs = [Spec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    shards = lay_out(specs, outputs.shard_of, recipe.shard_size)
+    scopes, model_scope = _scopes(tensors)
+    workers, worker_bytes = _share_memory(tensors, memory_bytes, cpus)
+    planner = _Planner(tensors, model_scope, scopes, worker_bytes)
+    tasks = tuple(planner.tasks(shards))
+    return Plan(
+        recipe=recipe,
+        outputs=outputs,
+        out=out,
+        shards=shards,
+        scopes=scopes,
+        tasks=tasks,
+        workers=workers,
+        kernels=cpus,
+        worker_bytes=worker_bytes,
+        memory_bytes=memory_bytes,
+        identity=identity,
+        model_scope=model_scope,
+    )
+
+
+# --- scopes -------------------------------------------------------------------------------------
+
+
+def _scopes(tensors: Sequence[OutputTensor]) -> tuple[tuple[Scope, ...], dict[int, int]]:
+    """One scope for each tensor, then one for each group that is measured over the model."""
+    groups: dict[tuple[str, object], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if tensor.method is not None and _over_model(tensor.method):
+            key = (info_of(tensor.method).name, tensor.group)
+            groups.setdefault(key, []).append(number)
+    scopes = [Scope(tensor.name, tensor.method, (i,)) for i, tensor in enumerate(tensors)]
+    model_scope: dict[int, int] = {}
+    for number, ((name, _), members) in enumerate(groups.items()):
+        _check_same(name, members, tensors)
+        model_scope.update(dict.fromkeys(members, len(scopes)))
+        scopes.append(Scope(f"#{number}:{name}", tensors[members[0]].method, tuple(members)))
+    return tuple(scopes), model_scope
+
+
+def _over_model(method: Method) -> bool:
+    return Over.MODEL in info_of(method).levels(method).values()
+
+
+def _check_same(name: str, members: Sequence[int], tensors: Sequence[OutputTensor]) -> None:
+    """Refuse parameters that a decision over the model reads and that differ between its tensors."""
+    first = tensors[members[0]]
+    info = info_of(first.method)
+    fields = {field for step in info.passes for field in step.same}
+    for parameter in info.parameters:
+        if parameter.name not in fields:
+            continue
+        for member in members[1:]:
+            values = [getattr(t.method, parameter.name) for t in (first, tensors[member])]
+            if values[0] != values[1]:
+                raise RecipeError(
+                    f"{name} is measured over the whole model, so '{parameter.key}' must be the "
+                    f"same for all its tensors;\n  it is {values[0]} for {first.name} and "
+                    f"{values[1]} for {tensors[member].name}. Give one value, or trim per tensor."
+                )
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def inputs_of(tensor: OutputTensor) -> tuple[TensorRef, ...]:
+    """The tensors that an output tensor is computed from, in the order of a kernel's inputs."""
+    base = () if tensor.base is None else (tensor.base,)
+    return (*base, *tensor.models, *(ref for _, extra in tensor.extras for ref in extra))
+
+
+def value_dtype(ref: TensorRef) -> DType:
+    """The dtype in which a kernel reads a tensor: fp8 is decoded to float32 before."""
+    return DType.F32 if ref.dtype.is_fp8 else ref.dtype
+
+
+def kernel_inputs(tensor: OutputTensor) -> Inputs:
+    """The dtypes of a tensor's inputs."""
+    return Inputs(
+        base=None if tensor.base is None else value_dtype(tensor.base),
+        models=tuple(value_dtype(ref) for ref in tensor.models),
+        extras=tuple(
+            (kind, tuple(value_dtype(ref) for ref in refs)) for kind, refs in tensor.extras
+        ),
+        wide=tensor.wide,
+    )
+
+
+def element_bytes(refs: Sequence[TensorRef]) -> int:
+    """Memory for one element of each tensor as a kernel reads it."""
+    return sum(value_dtype(ref).itemsize for ref in refs)
+
+
+def tile_elements(tensor: OutputTensor, budget_bytes: int) -> int:
+    """Elements of a tile: a multiple of the canonical block, as large as the budget and caches allow."""
+    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
+    blocks = (budget_bytes - _summary_bytes(tensor)) // (per_element * CANONICAL_BLOCK)
+    return max(1, min(blocks, TILE_ELEMENTS // CANONICAL_BLOCK)) * CANONICAL_BLOCK
+
+
+def _decode_bytes(tensor: OutputTensor) -> int:
+    """Per element, room for the stored bytes of the one input that is being decoded."""
+    return int(any(ref.dtype.is_fp8 for ref in inputs_of(tensor)))
+
+
+def _summary_bytes(tensor: OutputTensor) -> int:
+    """Room for the counts of one measuring pass (u32 while counting, int64 when handed over)."""
+    return 0 if tensor.method is None else len(tensor.models) * HISTOGRAM_BINS * (4 + 8)
+
+
+def tile_bytes(tensor: OutputTensor, elements: int) -> int:
+    """Memory for a tile of so many elements, its result and a summary."""
+    elements = min(elements, math.ceil(tensor_numel(tensor) / CANONICAL_BLOCK) * CANONICAL_BLOCK)
+    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
+    return elements * per_element + _summary_bytes(tensor)
+
+
+def tensor_numel(tensor: OutputTensor) -> int:
+    """Number of elements."""
+    return math.prod(tensor.shape)
+
+
+def _resident_bytes(tensor: OutputTensor) -> int:
+    """Memory to keep all inputs of a tensor, and a tile of its result."""
+    numel = tensor_numel(tensor)
+    tile = min(numel, TILE_ELEMENTS) * (tensor.dtype.itemsize + _decode_bytes(tensor))
+    return numel * element_bytes(inputs_of(tensor)) + tile + _summary_bytes(tensor) + 64 * 64
+
+
+def _share_memory(tensors: Sequence[OutputTensor], memory_bytes: int, cpus: int) -> tuple[int, int]:
+    """Number of workers and the memory of each: two per CPU, so that some read and write meanwhile."""
+    least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
+    for workers in range(2 * cpus, 0, -1):
+        share = (memory_bytes - FOOTPRINT_BYTES) // workers
+        if share >= max(least, COMFORTABLE_BYTES) or (workers == 1 and share >= least):
+            return workers, share
+    worst = max(tensors, key=lambda tensor: tile_bytes(tensor, CANONICAL_BLOCK))
+    needed = FOOTPRINT_BYTES + least
+    raise MemoryBudgetError(
+        f"{worst.name} needs {_mib(least)} for its smallest tile; "
+        f"the budget is {_mib(memory_bytes)}, of which the program itself takes "
+        f"{_mib(FOOTPRINT_BYTES)}.\n"
+        f"  A tile holds {CANONICAL_BLOCK:,} elements of {len(inputs_of(worst))} tensors and the "
+        f"result.\n  Give --memory {math.ceil(needed / 2**20)}MiB or more."
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+class _Planner:
+    """Makes the tasks; holds what they are numbered by."""
+
+    def __init__(
+        self,
+        tensors: Sequence[OutputTensor],
+        model_scope: Mapping[int, int],
+        scopes: Sequence[Scope],
+        worker_bytes: int,
+    ) -> None:
+        self._tensors = tensors
+        self._model_scope = model_scope
+        self._scopes = scopes
+        self._worker_bytes = worker_bytes
+        self._number = 0
+
+    def tasks(self, shards: Sequence[Shard]) -> Iterator[Task]:
+        """Whole-model measures first, then each unit's measures right before its merge."""
+        for scope in range(len(self._tensors), len(self._scopes)):
+            yield from self._measures(scope, Over.MODEL)
+        for shard in shards:
+            for unit in shard.units:
+                yield from self._unit(unit)
+
+    def _unit(self, unit: Unit) -> Iterator[Task]:
+        measured = [t for t in unit.tensors if self._has(t, Over.TENSOR)]
+        needed = max((_resident_bytes(self._tensors[t]) for t in measured), default=0)
+        if measured and needed <= self._worker_bytes:
+            yield self._merge(unit.parts, resident=True)
+            return
+        for tensor in measured:
+            yield from self._measures(tensor, Over.TENSOR)
+        for part in unit.parts:
+            yield self._merge((part,), resident=False)
+
+    def _has(self, tensor: int, over: Over) -> bool:
+        """Whether a measuring pass of the tensor is taken over ``over``."""
+        method = self._tensors[tensor].method
+        return method is not None and any(
+            step.kind is Kind.MEASURE and level is over for step, level in self._levels(method)
+        )
+
+    def _levels(self, method: Method) -> Iterator[tuple[Pass, Over | None]]:
+        info = info_of(method)
+        levels = info.levels(method)
+        return ((step, levels[step.name]) for step in info.passes[:-1])
+
+    def _measures(self, scope: int, over: Over) -> Iterator[MeasureTask]:
+        members = self._scopes[scope].tensors
+        for step, level in self._levels(self._scopes[scope].method):
+            if step.kind is not Kind.MEASURE or level is not over:
+                continue
+            for pieces in self._batches(members):
+                yield MeasureTask(
+                    number=self._next(),
+                    scope=scope,
+                    step=step.name,
+                    pieces=tuple(pieces),
+                    needs=self._needs({piece.tensor for piece in pieces}, step, None),
+                    read_bytes=sum(self._read_bytes(piece, step) for piece in pieces),
+                    memory_bytes=max(self._tile_bytes(piece.tensor) for piece in pieces),
+                )
+
+    def _batches(self, members: Sequence[int]) -> Iterator[list[Piece]]:
+        """The elements of some tensors in batches of about ``MEASURE_ELEMENTS``."""
+        batch: list[Piece] = []
+        filled = 0
+        for tensor in members:
+            numel = tensor_numel(self._tensors[tensor])
+            for start in range(0, numel, MEASURE_ELEMENTS):
+                stop = min(numel, start + MEASURE_ELEMENTS)
+                if filled + stop - start > MEASURE_ELEMENTS:
+                    yield batch
+                    batch, filled = [], 0
+                batch.append(Piece(tensor, start, stop))
+                filled += stop - start
+        if batch:
+            yield batch
+
+    def _merge(self, parts: tuple[Part, ...], *, resident: bool) -> MergeTask:
+        tensors = {piece.tensor for part in parts for piece in part.pieces}
+        pieces = [piece for part in parts for piece in part.pieces]
+        needs: set[str] = set()
+        for tensor in tensors:
+            method = self._tensors[tensor].method
+            if method is not None:
+                only = Over.MODEL if resident else None
+                steps = info_of(method).passes if resident else (info_of(method).merge_pass,)
+                for step in steps:
+                    needs.update(self._needs({tensor}, step, only))
+        return MergeTask(
+            number=self._next(),
+            parts=parts,
+            resident=resident,
+            needs=tuple(sorted(needs)),
+            read_bytes=sum(self._read_bytes(piece, None) for piece in pieces),
+            memory_bytes=max((self._merge_bytes(t, resident) for t in tensors), default=0),
+            write_bytes=sum(part.nbytes for part in parts),
+        )
+
+    def _needs(self, tensors: set[int], step: Pass, only: Over | None) -> tuple[str, ...]:
+        """Keys of the decisions that ``step`` takes for these tensors (only those over ``only``)."""
+        found = set()
+        for tensor in tensors:
+            method = self._tensors[tensor].method
+            levels = info_of(method).levels(method)
+            kinds = {other.name: other.kind for other in info_of(method).passes}
+            for need in step.needs:
+                over = levels[need]
+                if over is None or kinds[need] is not Kind.SETTLE or only not in (None, over):
+                    continue
+                scope = tensor if over is Over.TENSOR else self._model_scope[tensor]
+                found.add(f"{self._scopes[scope].key}/{need}")
+        return tuple(sorted(found))
+
+    def _read_bytes(self, piece: Piece, step: Pass | None) -> int:
+        tensor = self._tensors[piece.tensor]
+        refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
+        return (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
+
+    def _tile_bytes(self, tensor: int) -> int:
+        output = self._tensors[tensor]
+        return tile_bytes(output, tile_elements(output, self._worker_bytes))
+
+    def _merge_bytes(self, tensor: int, resident: bool) -> int:
+        output = self._tensors[tensor]
+        if resident and self._has(tensor, Over.TENSOR):
+            return _resident_bytes(output)
+        return self._tile_bytes(tensor)
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+
+def refs_read(tensor: OutputTensor, step: Pass) -> tuple[TensorRef, ...]:
+    """The inputs that a measuring pass reads."""
+    groups = {
+        "base": () if tensor.base is None else (tensor.base,),
+        "models": tensor.models,
+        **dict(tensor.extras),
+    }
+    return tuple(ref for name in step.reads for ref in groups[name])

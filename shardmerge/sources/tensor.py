@@ -1,0 +1,102 @@
+"""Tensor references: where a tensor's bytes lie, and how they become elements.
+
+Everything that a recipe can name as a model ends as a map from names to these, whatever it is on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shardmerge.numerics import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """``nbytes`` bytes from ``offset`` of the object at ``url``: consecutive elements of one tensor."""
+
+    url: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScale:
+    """Decoding of block-scaled fp8: element [i, j] is ``stored[i, j] * scale[i // rows, j // columns]``.
+
+    ``scale`` is a float32 or bfloat16 matrix of shape [ceil(m / rows), ceil(n / columns)].
+    Source: DeepSeek-V3 technical report (arXiv:2412.19437), section 3.3; ``weight_scale_inv`` in its checkpoints.
+    """
+
+    scale: TensorRef
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor of a checkpoint.
+
+    Args:
+        name: its name in the checkpoint.
+        dtype: of the stored elements.
+        shape: of the tensor; ``()`` for a scalar.
+        segments: the stored bytes in flat (row-major) element order; no segment cuts an element.
+        decode: how stored elements become values; None when they are the values.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    decode: BlockScale | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, the block scales not counted."""
+        return self.numel * self.dtype.itemsize
+
+
+def ranges(tensor: TensorRef, start: int, stop: int) -> list[Segment]:
+    """The byte ranges that hold elements ``[start, stop)`` of ``tensor``, in order. Pure."""
+    itemsize = tensor.dtype.itemsize
+    lo, hi = start * itemsize, stop * itemsize
+    found, position = [], 0
+    for segment in tensor.segments:
+        first, last = max(lo, position), min(hi, position + segment.nbytes)
+        if first < last:
+            found.append(Segment(segment.url, segment.offset + first - position, last - first))
+        position += segment.nbytes
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint as a map from names to tensors, with the small files beside it. Nothing of it is in memory.
+
+    Args:
+        url: as the recipe names it (a local folder or file, later other schemes).
+        tensors: by name, in the order of the shards and of the bytes in them.
+        shard_of: for each tensor, the number of its shard, from 0, in the order of ``shards``.
+        shards: file names of the shards, in name order.
+        config: parsed ``config.json``, or an empty map where there is none.
+        files: names of the other files that a copy of this checkpoint needs (tokenizer, generation config,
+            chat template, processor, custom code, ...), in name order; never weights.
+        ignored: names in the folder that hold weights and are not read (``consolidated.*``, ``*.bin``, ...).
+        versions: for each shard, index and config that was read, a text that changes when the file does.
+    """
+
+    url: str
+    tensors: Mapping[str, TensorRef]
+    shard_of: Mapping[str, int]
+    shards: tuple[str, ...]
+    config: Mapping[str, object] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
