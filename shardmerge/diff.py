@@ -161,14 +161,19 @@ def _add(sums: _Sums, x: Float64, y: Float64, differing: int | None) -> None:
         y[~finite] = 0
     sums.non_finite += broken
     sums.differing += int(np.count_nonzero(unequal)) if differing is None else differing
-    sums.aa += float(np.dot(x, x))
-    sums.bb += float(np.dot(y, y))
-    sums.ab += float(np.dot(x, y))
+    sums.aa += _dot(x, x)
+    sums.bb += _dot(y, y)
+    sums.ab += _dot(x, y)
     x -= y
-    sums.dd += float(np.dot(x, x))
+    sums.dd += _dot(x, x)
     np.abs(x, out=x)
     sums.sum_abs += float(x.sum())
     sums.max_abs = max(sums.max_abs, float(x.max()))
+
+
+def _dot(x: Float64, y: Float64) -> float:
+    """The inner product without BLAS, whose threads make the last digits depend on the machine."""
+    return float(np.einsum("i,i", x, y))
 
 
 # --- from bytes to values -------------------------------------------------------------------------

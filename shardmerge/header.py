@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NoReturn
 
 from shardmerge.errors import CheckpointError, HeaderError
@@ -126,8 +128,20 @@ def parse_header(data: bytes | bytearray, file_size: int, what: str) -> Header:
     text = bytes(data[LENGTH_BYTES:data_start])
     if not text.startswith(b"{"):
         raise HeaderError(f"{what}: the header does not start with '{{'. {_REWRITE}.")
+    raw_metadata, entries = _scan(text, data_start) or _parse_fields(text, data_start, what)
+    metadata = _parse_metadata(raw_metadata, what)
+    entries.sort(key=lambda entry: (entry[1].offset, entry[1].nbytes))
+    _check_layout(entries, data_start, file_size, what)
+    return Header(dict(entries), metadata, data_start)
+
+
+_Entries = list[tuple[str, HeaderTensor]]
+
+
+def _parse_fields(text: bytes, data_start: int, what: str) -> tuple[object, _Entries]:
+    """The metadata and tensors of any header; what is wrong is explained."""
     fields = _parse_object(text, f"{what}: the header", HeaderError)
-    metadata = _parse_metadata(fields.pop(_METADATA, None), what)
+    metadata = fields.pop(_METADATA, None)
     if b"\\u" in text:  # the only way for half a character to get into a name
         for name in fields:
             _refuse_half_characters(name, what)
@@ -137,13 +151,11 @@ def parse_header(data: bytes | bytearray, file_size: int, what: str) -> Header:
         if tensor is None:
             raise HeaderError(f"{what}: tensor {_quote(name)}: {_explain(info)}.\n  {_REWRITE}.")
         entries.append((name, tensor))
-    entries.sort(key=lambda entry: (entry[1].offset, entry[1].nbytes))
-    _check_layout(entries, data_start, file_size, what)
-    return Header(dict(entries), metadata, data_start)
+    return metadata, entries
 
 
 def _parse_tensor(info: object, data_start: int) -> HeaderTensor | None:
-    """One tensor's description, or None where it is wrong; fast, as a header can hold 100,000."""
+    """One tensor's description, or None where it is wrong."""
     if type(info) is not dict:
         return None
     try:
@@ -152,18 +164,70 @@ def _parse_tensor(info: object, data_start: int) -> HeaderTensor | None:
         begin, end = info["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return None
-    if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+    if type(shape) is not list or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         return None
-    nbytes = dtype.itemsize
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= MAX_INTEGER:
-            return None
-        nbytes *= size
-    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MAX_INTEGER:
+    if not _is_size(begin) or not _is_size(end):
         return None
+    nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
         return None
     return HeaderTensor(dtype, tuple(shape), data_start + begin, nbytes)
+
+
+_NUMBER = r"(?:0|[1-9][0-9]{0,18})"
+_PLAIN_SHAPE = re.compile(f"(?:{_NUMBER}(?:,{_NUMBER})*)?")
+_PLAIN_TENSOR = re.compile(
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],'
+    rf'"data_offsets":\[({_NUMBER}),({_NUMBER})\]\}}([,}}])'
+)
+_PLAIN_LITERALS = len('"":{"dtype":"","shape":[],"data_offsets":[,]}')  # outside the groups
+
+
+def _scan(text: bytes, data_start: int) -> tuple[object, _Entries] | None:
+    """As ``_parse_fields``, for a good header in the form that the safetensors library writes.
+
+    Four times as fast (91,000 tensors: 0.2 s instead of 0.9 s), as it makes no dict and no list per
+    tensor. None for every other header, good or bad: it never decides that something is wrong.
+    """
+    metadata: object = None
+    start = 1
+    try:
+        plain = text.decode().rstrip(" ")
+        if plain.startswith(f'{{"{_METADATA}":{{'):
+            metadata, start = _DECODER.raw_decode(plain, len(_METADATA) + 4)
+            start += 1  # the comma; where there is another character, the lengths below differ
+    except (ValueError, RecursionError):
+        return None
+    found: list[tuple[str, ...]] = _PLAIN_TENSOR.findall(plain, start)
+    # Matches do not overlap: they leave nothing out when their lengths add up.
+    covered = sum(map(len, chain.from_iterable(found))) + len(found) * _PLAIN_LITERALS
+    if start + covered != len(plain) or plain[start - 1] not in "{,":
+        return None
+    kinds: dict[tuple[str, str], HeaderTensor | None] = {}  # few, as layers repeat
+    entries: _Entries = []
+    for name, code, shape, begin, end, _ in found:
+        if (code, shape) not in kinds:
+            kinds[code, shape] = _plain_kind(code, shape)
+        kind, offset = kinds[code, shape], int(begin)
+        if kind is None or offset + kind.nbytes != int(end) or int(end) > MAX_INTEGER:
+            return None
+        entries.append(
+            (name, HeaderTensor(kind.dtype, kind.shape, data_start + offset, kind.nbytes))
+        )
+    separators = "".join([match[5] for match in found])
+    names = {name for name, _ in entries}
+    if separators != "," * (len(found) - 1) + "}" or len(names) != len(found) or _METADATA in names:
+        return None
+    return metadata, entries
+
+
+def _plain_kind(code: str, shape: str) -> HeaderTensor | None:
+    """The tensor of this dtype and shape that lies at the start; None where it cannot be."""
+    if code not in _DTYPES or _PLAIN_SHAPE.fullmatch(shape) is None:
+        return None
+    sizes = [int(size) for size in shape.split(",")] if shape else []
+    nbytes = math.prod(sizes[:MAX_DIMENSIONS]) * _DTYPES[code].itemsize
+    return _parse_tensor({"dtype": code, "shape": sizes, "data_offsets": [0, nbytes]}, 0)
 
 
 def _explain(info: object) -> str:
@@ -372,12 +436,13 @@ def _no_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not allowed in JSON")
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
 def _parse_object(text: bytes, what: str, error: type[CheckpointError]) -> dict[str, object]:
     """A JSON object in which no name occurs twice; anything else is an ``error``."""
     try:
-        value = json.loads(
-            text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        value = _DECODER.decode(text.decode())
     except _Duplicate as duplicate:
         raise error(f"{what}: the name {duplicate} occurs twice. {_REWRITE}.") from None
     except UnicodeDecodeError as problem:

@@ -1,8 +1,8 @@
-"""Names of tensors: which layer one belongs to, where it stands in the model, what it is tied to. Pure.
+"""Names of tensors: of which layer one is, where that layer is, what a tensor is tied to. Pure.
 
-A stack is a run of layers that are numbered under one prefix: ``model.layers.12.mlp.up_proj.weight``
-is layer 12 of the stack ``model.layers.``. Numbers further to the right (``experts.7.``) are part of
-the layer. Nothing is known of architectures: stacks are found in the names of a checkpoint.
+A stack is a run of layers numbered under one prefix: ``model.layers.12.mlp.up_proj.weight`` is
+of layer 12 of the stack ``model.layers.``. Numbers further to the right (``experts.7.``) are part
+of the layer. Nothing is known of architectures: stacks are found in the names of a checkpoint.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class Layout:
         """Layers of the main stack; layers beyond the declared number (MTP) do not count."""
         return 0 if self.main is None else self.declared or self.lengths[self.main]
 
+    def layers_among(self, names: Iterable[str]) -> int:
+        """How many layers of the main stack these tensors reach."""
+        found = (self.places.get(name) for name in names)
+        return max((p.layer + 1 for p in found if p and p.prefix == self.main), default=0)
+
     def depth(self, name: str) -> float:
         """How deep in its stack a tensor lies: 0 for the first layer, 1 for the last or only one.
 
@@ -75,11 +80,11 @@ class Layout:
 
 
 def depth(layer: int, count: int) -> float:
-    """Relative depth of layer number ``layer`` of ``count``, 0 to 1; 1 for an only layer (as mergekit)."""
+    """How deep layer number ``layer`` of ``count`` is, 0 to 1; 1 for an only layer, as mergekit."""
     return 1.0 if count < 2 else min(1.0, layer / (count - 1))
 
 
-# --- stacks ---------------------------------------------------------------------------------------
+# --- stacks -------------------------------------------------------------------------------------
 
 
 def place_of(name: str) -> Place | None:
@@ -125,7 +130,7 @@ def layout_of(names: Iterable[str], config: Mapping[str, object]) -> Layout:
 def _main_stack(
     lengths: Mapping[str, int], sizes: Mapping[str, int], declared: int | None
 ) -> str | None:
-    """The stack of the declared length, else the shortest longer one (MTP layers), else the longest.
+    """The stack of the declared length, else the shortest longer one (MTP), else the longest.
 
     Among equals, towers for images and sound come last and stacks of many tensors first.
     """
@@ -179,12 +184,17 @@ def is_vocabulary(name: str) -> bool:
     return bool(_EMBEDDING.search(name) or _OUTPUT.search(name) or _OUTPUT_EMBEDDING.search(name))
 
 
-# --- tied embeddings --------------------------------------------------------------------------------
+# --- tied embeddings ----------------------------------------------------------------------------
 
+# Endings are looked at first: most names have none of them, and patterns are slow to search.
+_OUTPUT_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight")
+_OUTPUT_ENDINGS += ("lm_head.decoder.weight", "predictions.decoder.weight")
 _OUTPUT_EMBEDDING = re.compile(
     r"(^|\.)(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.weight$"
     r"|^(language_model\.)?output\.weight$|^proj_out\.weight$"
 )
+_INPUT_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight")
+_INPUT_ENDINGS += ("tokens_embed.weight", "shared.weight")
 _INPUT_EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|tokens_embed"
     r"|backbone\.embeddings)\.weight$"
@@ -194,7 +204,8 @@ _SHARED = re.compile(r"(^|\.)shared\.weight$")
 
 def output_embeddings(names: Iterable[str]) -> list[str]:
     """The names that can be tied to an input embedding, in the order given."""
-    return [name for name in names if _is_outside(name, _OUTPUT_EMBEDDING)]
+    likely = [name for name in names if name.endswith(_OUTPUT_ENDINGS)]
+    return [name for name in likely if _is_outside(name, _OUTPUT_EMBEDDING)]
 
 
 def _is_outside(name: str, pattern: re.Pattern[str]) -> bool:
@@ -203,12 +214,13 @@ def _is_outside(name: str, pattern: re.Pattern[str]) -> bool:
 
 
 def input_embedding(names: Collection[str]) -> str | None:
-    """The name of the token embedding of a checkpoint; None where there is none, or it is not sure."""
-    shared = [name for name in names if _SHARED.search(name)]
+    """The name of the token embedding; None where there is none, or there are several."""
+    likely = [name for name in names if name.endswith(_INPUT_ENDINGS)]
+    shared = [name for name in likely if _SHARED.search(name)]
     if len(shared) == 1:
         return shared[0]
     found = [
-        name for name in names if _is_outside(name, _INPUT_EMBEDDING) and not _TOWER.search(name)
+        name for name in likely if _is_outside(name, _INPUT_EMBEDDING) and not _TOWER.search(name)
     ]
     if len(found) > 1:
         found = [name for name in found if "decoder" in name]

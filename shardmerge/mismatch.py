@@ -68,7 +68,7 @@ class Findings:
             raise PlanError("\n".join(messages))
 
 
-# --- words ------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
 
 def few(names: Iterable[str], count: int = 3) -> str:
@@ -102,6 +102,14 @@ def models(names: Iterable[ModelName], link: str = "and") -> str:
     return f" {link} ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
 
 
+def by_value(values: Sequence[tuple[ModelName, str]]) -> str:
+    """Each value with the models that have it."""
+    holders: dict[str, list[ModelName]] = {}
+    for model, value in values:
+        holders.setdefault(value, []).append(model)
+    return "; ".join(f"{value} in {models(held)}" for value, held in holders.items())
+
+
 def rule(names: Sequence[str], action: str) -> str:
     """A rule for these tensors, as a recipe has it; numbers become ``*`` where they differ."""
     shapes = Counter(_starred(name) for name in names)
@@ -112,8 +120,8 @@ def rule(names: Sequence[str], action: str) -> str:
     shown = [f'"{glob}"' for glob in list(globs)[:MOST_LISTED]]
     if len(globs) > MOST_LISTED:
         shown.append("...")
-    tensors = shown[0] if len(shown) == 1 else f"[{', '.join(shown)}]"
-    return f"rules: [{{tensors: {tensors}, {action}}}]"
+    globs_text = shown[0] if len(shown) == 1 else f"[{', '.join(shown)}]"
+    return f"rules: [{{tensors: {globs_text}, {action}}}]"
 
 
 def take_from(model: ModelName) -> str:
@@ -126,7 +134,7 @@ def _starred(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-# --- problems of tensors --------------------------------------------------------------------------
+# --- problems of tensors ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +146,7 @@ class Missing:
         lacking: inputs that do not.
         base: the base model if it has them.
         base_lacks: whether the base model lacks them and the method needs it.
+        present: sources that have them.
         least: models that the method needs at least.
         asked: what a rule asks to do about it, if that is not possible.
     """
@@ -146,8 +155,9 @@ class Missing:
     lacking: tuple[ModelName, ...]
     base: ModelName | None
     base_lacks: bool
+    present: int
     least: int
-    asked: str | None
+    asked: str
 
     def message(self, names: Sequence[str], details: Sequence[str]) -> str:
         """Where they are, where not, and the rules that solve it."""
@@ -158,21 +168,21 @@ class Missing:
         return "\n".join([first, f"  {where}.{self._impossible()}", *self._options(names)])
 
     def _impossible(self) -> str:
-        if self.asked not in ("base", "skip"):
+        if self.asked == "error":
             return ""
         if self.base_lacks:
             return f" 'missing: {self.asked}' needs the tensor in the base model."
         if self.asked == "base":
             return " 'missing: base' needs a base model that has the tensor."
-        return f" 'missing: skip' leaves {len(self.held)} of at least {self.least} models."
+        return f" 'missing: skip' leaves {self.present} of at least {self.least} models."
 
     def _options(self, names: Sequence[str]) -> list[str]:
         """One line for each thing that can be done; the first as a whole rule."""
         lacking = models(self.lacking)
         options = []
-        if self.base is not None and self.base not in self.lacking:
+        if self.base is not None:
             options.append(("missing: base", f"{lacking} as if equal to {self.base}"))
-        if not self.base_lacks and len(self.held) >= self.least and self.asked != "skip":
+        if not self.base_lacks and self.present >= self.least:
             options.append(("missing: skip", f"merged without {lacking}"))
         options.append((take_from(self.held[0]), "copied from there"))
         options.append(("drop: true", "left out of the output"))
@@ -214,8 +224,8 @@ class Shapes:
         count = len(names)
         return (
             f"{tensors(count)} {be(count)} of different shapes in the models:\n{listing(details)}\n"
-            "  Only equal shapes can be merged: check that all are fine-tunes of one base model, or\n"
-            f"  take such tensors from one of them: {rule(names[:1], take_from(self.keep))}"
+            "  Only equal shapes can be merged: check that all are fine-tunes of one base model,\n"
+            f"  or take such tensors from one of them: {rule(names[:1], take_from(self.keep))}"
         )
 
 
@@ -231,8 +241,8 @@ class Kinds:
         return (
             f"{tensors(count)} {be(count)} stored as different kinds of numbers:\n"
             f"{listing(details)}\n"
-            "  Only floating-point tensors are merged; others must be equal. Take them from one model: "
-            f"{rule(names, take_from(self.keep))}"
+            "  Only floating-point tensors are merged; others must be equal. Take them from one "
+            f"model: {rule(names, take_from(self.keep))}"
         )
 
 
@@ -240,19 +250,19 @@ class Kinds:
 class Fp8:
     """Tensors stored as fp8, in a recipe that does not say what to write."""
 
-    model: ModelName
+    stored_by: tuple[ModelName, ...]
 
     def message(self, names: Sequence[str], details: Sequence[str]) -> str:
         """The tensors and the line that solves it."""
-        count = len(names)
+        what = f"{tensors(len(names))} of {models(self.stored_by)} {be(len(names))}"
         return (
-            f"{tensors(count)} of {self.model} {be(count)} stored as fp8: {few(names)}.\n"
+            f"{what} stored as fp8: {few(names)}.\n"
             "  Merged values do not fit fp8, so the recipe must say what to write: add "
             "`dtype: bfloat16`."
         )
 
 
-# --- problems of rules ------------------------------------------------------------------------------
+# --- problems of rules --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,19 +314,7 @@ class Unmatched:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Parameters that the method cannot work with, for some tensors."""
-
-    method: str
-    text: str
-
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
-        """What is wrong, and where."""
-        return f"{self.method} on {few(names)}: {self.text}."
-
-
-# --- problems of extras -----------------------------------------------------------------------------
+# --- problems of extras -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,14 +343,14 @@ class ExtraUnfit:
     def message(self, names: Sequence[str], details: Sequence[str]) -> str:
         """The tensors and how they differ."""
         return (
-            f"{self.extra}: {tensors(len(names))} do not fit {self.model}, whose {self.kind} it is:\n"
-            f"{listing(details)}\n"
-            "  It must hold a floating-point tensor of the same name and shape for every tensor that\n"
-            f"  is merged. Estimate it again from {self.model}, or copy them by rules with `from:`."
+            f"{self.extra}, the {self.kind} of {self.model}, does not fit it in "
+            f"{tensors(len(names))}:\n{listing(details)}\n"
+            "  It must hold a floating-point tensor of the same name and shape for every tensor\n"
+            f"  that is merged. Estimate it again from {self.model}, or copy by a rule (`from:`)."
         )
 
 
-# --- problems of whole models -----------------------------------------------------------------------
+# --- problems of whole models -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ and one for what comes after them (the last slice's).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -37,30 +37,41 @@ class Part:
 
     Args:
         slice: its number.
-        base: the base model's tensors; None where the recipe names none, or not its layers.
-        sources: the tensors of each source of the slice.
-        names: of all of these, in output order.
+        base_model: of the slice or the recipe, even if only its config is used.
+        base: its tensors; None where there is no base model, or it is not known which layers.
+        models: the sources of the slice.
+        sources: the tensors of each.
+        positions: the numbers of all sources.
+        names: of all of these tensors, in output order.
         depths: of names in a stack of layers, from 0 (first layer) to 1 (last); others are at 0.
         numbered: whether names are layers that are numbered anew.
+        layer_count: of the model whose config is used.
+        beyond: names of layers beyond these.
     """
 
     slice: int
+    base_model: ModelName | None
     base: View | None
+    models: tuple[ModelName, ...]
     sources: tuple[View, ...]
+    positions: tuple[int, ...]
     names: tuple[str, ...]
     depths: Mapping[str, float]
     numbered: bool
+    layer_count: int = 0
+    beyond: frozenset[str] | None = None
 
 
 def tied_views(
     recipe: Recipe, sources: Mapping[ModelName, Checkpoint]
 ) -> tuple[Views, dict[str, list[ModelName]]]:
-    """The tensors of the models to merge, with tied output embeddings where another model stores them.
+    """The tensors of each model, with its tied output embedding where another model stores one.
 
     Returns:
         the tensors of each model by name, and the models in which each output embedding is tied.
     """
     models = [source.model for part in recipe.slices for source in part.sources]
+    models += [part.base.model for part in recipe.slices if part.base]
     models += [recipe.base_model] if recipe.base_model else []
     stored = {model: output_embeddings(sources[model].tensors) for model in dict.fromkeys(models)}
     heads = dict.fromkeys(chain.from_iterable(stored.values()))
@@ -78,7 +89,7 @@ def tied_views(
     return views, tied
 
 
-# --- without slices ---------------------------------------------------------------------------------
+# --- without slices -----------------------------------------------------------------------------
 
 
 def plain_part(
@@ -89,28 +100,52 @@ def plain_part(
     findings: Findings,
 ) -> list[Part]:
     """The one part of a recipe without ``slices``; names in the donor's order, then the others'."""
-    recipe_slice = recipe.slices[0]
-    base = None if recipe.base_model is None else views[recipe.base_model]
-    others = tuple(views[source.model] for source in recipe_slice.sources)
-    names = tuple(dict.fromkeys(chain(views[donor], *others)))
     for model, view in views.items():
         if views[donor].keys().isdisjoint(view):
             findings.problem(mismatch.Plain(_nothing_shared(donor, model, views)))
+    models = tuple(source.model for source in recipe.slices[0].sources)
+    views_of_models = tuple(views[model] for model in models)
+    names = tuple(dict.fromkeys(chain(views[donor], *views_of_models)))
     layout = layout_of(names, sources[donor].config)
-    depths = {name: layout.depth(name) for name in layout.places}
-    return [Part(0, base, others, names, depths, numbered=False)]
+    count = layout.layers_among(views[donor])
+    return [
+        Part(
+            slice=0,
+            base_model=recipe.base_model,
+            base=None if recipe.base_model is None else views[recipe.base_model],
+            models=models,
+            sources=views_of_models,
+            positions=tuple(range(len(models))),
+            names=names,
+            depths={name: layout.depth(name) for name in layout.places},
+            numbered=False,
+            layer_count=count,
+            beyond=_beyond(layout, count) if sources[donor].config and count else None,
+        )
+    ]
+
+
+def _beyond(layout: Layout, count: int) -> frozenset[str]:
+    """Names of the main stack's layers from number ``count``."""
+    if layout.main is None or layout.lengths[layout.main] <= count:
+        return frozenset()
+    return frozenset(
+        name
+        for name, place in layout.places.items()
+        if place.prefix == layout.main and place.layer >= count
+    )
 
 
 def _nothing_shared(donor: ModelName, model: ModelName, views: Views) -> str:
     first, second = (next(iter(views[name]), "nothing") for name in (donor, model))
     return (
         f"{model} and {donor} have no tensor name in common ({second}, ...; {first}, ...).\n"
-        "  Only models of one architecture, saved in the same way, can be merged. Save both with the\n"
-        "  same version of transformers, or check the paths."
+        "  Only models of one architecture, saved in the same way, can be merged. Save both with\n"
+        "  the same version of transformers, or check the paths."
     )
 
 
-# --- with slices ------------------------------------------------------------------------------------
+# --- with slices --------------------------------------------------------------------------------
 
 
 def layered_parts(
@@ -135,9 +170,11 @@ def layered_parts(
         donors = [source for source in _all(recipe_slice) if source.model == donor]
         start, stop = _range((*donors, *recipe_slice.sources)[0])
         layers += range(start, stop)
-    head = _outside(recipe, 0, views, layouts, before=True)
-    tail = _outside(recipe, len(recipe.slices) - 1, views, layouts, before=False)
-    _note_left_out(views, layouts, head, tail, findings)
+    outside = _outside_layers(views, layouts)
+    head = _outside(recipe, 0, views, layouts, [name for name in outside if outside[name]])
+    last = len(recipe.slices) - 1
+    tail = _outside(recipe, last, views, layouts, [name for name in outside if not outside[name]])
+    _note_left_out(views, layouts, {*head.names, *tail.names}, findings)
     return [head, *before, tail], tuple(layers)
 
 
@@ -171,9 +208,11 @@ def _check(
                 f"slices: {model} has no numbered layers among its {len(sources[model].tensors):,} "
                 "tensors.\n  Merge whole models with `models:`."
             )
-    mains = {layout.main: model for model, layout in reversed(layouts.items())}
+    mains: dict[str | None, ModelName] = {}
+    for model, layout in layouts.items():
+        mains.setdefault(layout.main, model)
     if not problems and len(mains) > 1:
-        told = ", ".join(f"'{main}0.' in {model}" for main, model in reversed(mains.items()))
+        told = ", ".join(f"'{main}0.' in {model}" for main, model in mains.items())
         problems.append(
             f"slices: the models name their layers in different ways: {told}.\n"
             "  Only models of one architecture, saved in the same way, can be merged."
@@ -233,9 +272,17 @@ def _layers(
     base_view = renamed(base) if base and base.layers else None
     others = tuple(renamed(source) for source in recipe_slice.sources)
     start, stop = _range(recipe_slice.sources[0])
-    depths = {name: depth(layer - first, stop - start) for name, layer in order.items()}
-    names = tuple(sorted(order, key=order.__getitem__))
-    return Part(number, base_view, others, names, depths, numbered=True)
+    return Part(
+        slice=number,
+        base_model=base.model if base and base.layers else None,
+        base=base_view,
+        models=tuple(source.model for source in recipe_slice.sources),
+        sources=others,
+        positions=tuple(range(len(others))),
+        names=tuple(sorted(order, key=order.__getitem__)),
+        depths={name: depth(layer - first, stop - start) for name, layer in order.items()},
+        numbered=True,
+    )
 
 
 def _outside(
@@ -243,47 +290,50 @@ def _outside(
     number: int,
     views: Views,
     layouts: Mapping[ModelName, Layout],
-    *,
-    before: bool,
+    names: Sequence[str],
 ) -> Part:
-    """The tensors outside the main stack that come before its layers, or after."""
+    """Tensors outside the main stack, from the models of one slice."""
     recipe_slice = recipe.slices[number]
-    base = recipe.base_model
-
-    def kept(model: ModelName) -> View:
-        chosen = _outside_test(layouts[model], before=before)
-        return {name: ref for name, ref in views[model].items() if chosen(name)}
-
-    others = tuple(kept(source.model) for source in recipe_slice.sources)
-    base_view = kept(base) if base else None
-    names = tuple(dict.fromkeys(chain(base_view or (), *others)))
-    depths = {
-        name: layouts[model].depth(name)
-        for model in (source.model for source in recipe_slice.sources)
-        for name in layouts[model].places
+    base = recipe_slice.base.model if recipe_slice.base else recipe.base_model
+    models = tuple(source.model for source in recipe_slice.sources)
+    everyone = (*((base,) if base else ()), *models)
+    kept = {
+        model: {name: views[model][name] for name in names if name in views[model]}
+        for model in everyone
     }
-    return Part(number, base_view, others, names, depths, numbered=False)
+    layout = layouts[everyone[0]]
+    return Part(
+        slice=number,
+        base_model=base,
+        base=kept[base] if base else None,
+        models=models,
+        sources=tuple(kept[model] for model in models),
+        positions=tuple(range(len(models))),
+        names=tuple(dict.fromkeys(chain.from_iterable(kept.values()))),
+        depths={name: layout.depth(name) for name in names},
+        numbered=False,
+    )
 
 
-def _outside_test(layout: Layout, *, before: bool) -> Callable[[str], bool]:
-    def chosen(name: str) -> bool:
-        place = layout.places.get(name)
-        if place is not None:
-            return before and place.prefix != layout.main
-        return is_before_layers(name) is before
-
-    return chosen
+def _outside_layers(views: Views, layouts: Mapping[ModelName, Layout]) -> dict[str, bool]:
+    """The names outside the main stack, and whether they come before its layers."""
+    found: dict[str, bool] = {}
+    for model, view in views.items():
+        layout = layouts[model]
+        for name in view:
+            place = layout.places.get(name)
+            if place is None or place.prefix != layout.main:
+                found[name] = found.get(name, False) or bool(place) or is_before_layers(name)
+    return found
 
 
 def _note_left_out(
     views: Views,
     layouts: Mapping[ModelName, Layout],
-    head: Part,
-    tail: Part,
+    taken: Set[str],
     findings: Findings,
 ) -> None:
     """Note tensors outside of layers that only models of other slices have, and MTP layers."""
-    taken: set[str] = {*head.names, *tail.names}
     for model, view in views.items():
         layout = layouts[model]
         for name in view:
@@ -293,7 +343,3 @@ def _note_left_out(
                     findings.note(f"only in {model}, which gives layers; left out", name)
             elif place.layer >= layout.layer_count:
                 findings.note(f"beyond the {layout.layer_count} layers of {model}; left out", name)
-
-
-__all__: Sequence[str] = ["Part", "View", "Views", "layered_parts", "plain_part", "tied_views"]
-_ = Iterable

@@ -11,7 +11,7 @@ import fnmatch
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardmerge.errors import RecipeError
@@ -27,7 +27,8 @@ from shardmerge.recipe_parts import (
     Slice,
     Source,
     applicable,
-    first_value,
+    setting_at,
+    value_at,
     wrong_value,
 )
 from shardmerge.recipe_read import (
@@ -144,7 +145,7 @@ class Recipe:
             root.problems.extend(_problems_of_any_tensor(recipe))
         recipe = _with_options(recipe, fields)
         if root.problems:
-            raise RecipeError(root.problems)
+            raise RecipeError(tuple(dict.fromkeys(root.problems)))
         return recipe
 
     @classmethod
@@ -223,7 +224,7 @@ class Ruled:
     """
 
     merge_method: str
-    parameters: Mapping[str, Scalar | Gradient] = field(default_factory=dict)
+    parameters: Mapping[str, Scalar | Gradient]
     take_from: ModelName | None = None
     missing: str = "error"
     drop: bool = False
@@ -236,27 +237,23 @@ def rules_for(recipe: Recipe, tensor: str) -> Ruled:
         recipe: with its rules.
         tensor: name in the output.
     """
-    ruled = Ruled(recipe.merge_method)
+    name, missing = recipe.merge_method, "error"
+    parameters: dict[str, Scalar | Gradient] = {}
+    choice: Rule | None = None
     for rule in recipe.rules:
-        if _matcher(rule.tensors)(tensor):
-            ruled = _joined(ruled, rule, tensor)
-    return ruled
-
-
-def _joined(ruled: Ruled, rule: Rule, tensor: str) -> Ruled:
-    found = {key: applicable(setting, tensor) for key, setting in rule.parameters.items()}
-    given = {key: value for key, value in found.items() if value is not None}
-    ruled = replace(
-        ruled, parameters={**ruled.parameters, **given}, missing=rule.missing or ruled.missing
-    )
-    if rule.drop or rule.take_from or rule.merge_method:
-        ruled = replace(
-            ruled,
-            merge_method=rule.merge_method or ruled.merge_method,
-            take_from=rule.take_from,
-            drop=rule.drop,
-        )
-    return ruled
+        if not _matcher(rule.tensors)(tensor):
+            continue
+        for key, setting in rule.parameters.items():
+            value = applicable(setting, tensor)
+            if value is not None:
+                parameters[key] = value
+        missing = rule.missing or missing
+        name = rule.merge_method or name
+        if rule.drop or rule.take_from or rule.merge_method:
+            choice = rule
+    if choice is None:
+        return Ruled(name, parameters, missing=missing)
+    return Ruled(name, parameters, choice.take_from, missing, choice.drop)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -266,6 +263,8 @@ def _matcher(globs: tuple[str, ...]) -> Callable[[str], re.Match[str] | None]:
 
 
 # --- methods ------------------------------------------------------------------------------------
+
+_Value = Scalar | enum.Enum | None
 
 
 def method_for(
@@ -298,13 +297,14 @@ def method_for(
     ruled = rules_for(recipe, tensor)
     info = METHODS[ruled.merge_method]
     sources = part.sources if models is None else tuple(part.sources[index] for index in models)
-    values: list[Scalar | enum.Enum | None] = []
+    outer = (part.parameters, recipe.parameters)
+    values: list[_Value] = []
     problems: list[str] = []
     for item in info.parameters:
-        found = _values(item, ruled, sources, (part.parameters, recipe.parameters), tensor, t)
-        if item.required and None in found:
+        found = _values(item, ruled, sources, outer, tensor, t)
+        if item.default is None and None in found:
             problems.append(_lacking(item, info, sources, found, part))
-        values.extend(item.default if value is None else value for value in found)
+        values += found
     if not problems:
         made, wrong = _made(info.cls, len(sources), *values)
         if made is not None:
@@ -321,21 +321,36 @@ def _values(
     outer: tuple[Mapping[str, Setting], ...],
     tensor: str,
     t: float,
-) -> list[Scalar | None]:
+) -> list[_Value]:
     """A parameter's value for each source, or the one for all; None where nothing gives it."""
-    key = item.key
-    above = [level[key] for level in outer if key in level]
-    if key in ruled.parameters or not item.per_model:
-        one = first_value((ruled.parameters.get(key), *above), tensor, t)
-        return [one] * (len(sources) if item.per_model else 1)
-    return [first_value((source.parameters.get(key), *above), tensor, t) for source in sources]
+    by_rule = ruled.parameters.get(item.key)
+    if by_rule is not None:
+        return [value_at(by_rule, t)] * (len(sources) if item.per_model else 1)
+    common = _common(item, outer, tensor, t)
+    if not item.per_model:
+        return [common]
+    own = [source.parameters.get(item.key) for source in sources]
+    values = [None if setting is None else setting_at(setting, tensor, t) for setting in own]
+    return [common if value is None else value for value in values]
+
+
+def _common(
+    item: Parameter, outer: tuple[Mapping[str, Setting], ...], tensor: str, t: float
+) -> _Value:
+    """The value where no rule and no model gives one."""
+    for level in outer:
+        if item.key in level:
+            value = setting_at(level[item.key], tensor, t)
+            if value is not None:
+                return value
+    return item.default
 
 
 def _lacking(
     item: Parameter,
     info: MethodInfo,
     sources: tuple[Source, ...],
-    found: list[Scalar | None],
+    found: list[_Value],
     part: Slice,
 ) -> str:
     hint = "; a list of filters needs a last entry without filter"
@@ -347,9 +362,7 @@ def _lacking(
 
 
 @functools.lru_cache(maxsize=65_536, typed=True)
-def _made(
-    cls: type, models: int, *values: Scalar | enum.Enum | None
-) -> tuple[Method | None, tuple[str, ...]]:
+def _made(cls: type, models: int, *values: _Value) -> tuple[Method | None, tuple[str, ...]]:
     """The method with these values (of each model one, where per model), or what is wrong.
 
     Typed, as 1.0 and true are equal and yet different values.
@@ -366,7 +379,7 @@ def _made(
             typed = tuple(item.kind(value) for value in given)
             fields[item.name] = typed if item.per_model else typed[0]
     low, high = info.models
-    if not low <= models <= (models if high is None else high):
+    if models < low or (high is not None and models > high):
         problems.append(f"{info.name} cannot merge {models} models")
     if problems:
         return None, tuple(problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.methods.api import Parameter
@@ -135,14 +135,10 @@ def value_at(value: Scalar | Gradient, t: float) -> Scalar:
     return (1 - part) * low + part * high
 
 
-def first_value(settings: Iterable[Setting | None], tensor: str, t: float) -> Scalar | None:
-    """The value of the first setting that says something about ``tensor``."""
-    for setting in settings:
-        if setting is not None:
-            value = applicable(setting, tensor)
-            if value is not None:
-                return value_at(value, t)
-    return None
+def setting_at(setting: Setting, tensor: str, t: float) -> Scalar | None:
+    """The value of a setting for ``tensor`` at ``t``; None where no filter matches."""
+    value = applicable(setting, tensor)
+    return None if value is None else value_at(value, t)
 
 
 def wrong_value(parameter: Parameter, value: object) -> str | None:

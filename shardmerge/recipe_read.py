@@ -37,8 +37,8 @@ class Scope:
 
     @property
     def infos(self) -> tuple[MethodInfo, ...]:
-        """The recipe's method and those of its rules."""
-        return tuple(info for info in (self.info, *self.others) if info)
+        """The recipe's method and those of its rules; none where the former was refused."""
+        return (self.info, *self.others) if self.info else ()
 
     @property
     def needs_base(self) -> bool:
@@ -51,7 +51,7 @@ class Scope:
 
 def read_slices(fields: Mapping[str, Node], root: Node, scope: Scope) -> tuple[Slice, ...]:
     """``models`` as one slice, or ``slices``."""
-    if ("models" in fields) == ("slices" in fields):
+    if isinstance(root.value, dict) and ("models" in fields) == ("slices" in fields):
         root.wrong("needs exactly one of models and slices")
     if "slices" in fields:
         return tuple(
@@ -98,7 +98,8 @@ def _read_source(node: Node, scope: Scope, *, layered: bool) -> Source | None:
         instead["layer_range"] = "belongs to slices; models takes all layers"
     layer_key = ("layer_range",) if layered else ()
     fields = node.fields(("model", "parameters", *layer_key, *kinds), instead)
-    model, layers = optional(fields, "model", read_model), optional(fields, *_LAYERS)
+    model = optional(fields, "model", read_model)
+    layers = optional(fields, "layer_range", _read_layers)
     extras = {kind: optional(fields, kind, read_model) for kind in kinds}
     parameters = read_parameters(fields.get("parameters"), scope.infos, scope.notes, of_model=True)
     for key in ("model", *layer_key):
@@ -112,9 +113,7 @@ def _read_source(node: Node, scope: Scope, *, layered: bool) -> Source | None:
 
 def _read_layers(node: Node) -> tuple[int, int] | None:
     match node.value:
-        case [int(first), int(last)] if (
-            0 <= first < last < 2**31 and type(first) is type(last) is int
-        ):
+        case [int(first), int(last)] if type(first) is type(last) is int and 0 <= first < last:
             return first, last
     given = node.value if isinstance(node.value, list) else None
     what = f"[{', '.join(map(shown, given))}]" if given and len(given) < 4 else shown(node.value)
@@ -123,9 +122,6 @@ def _read_layers(node: Node) -> tuple[int, int] | None:
         "layer itself is not included"
     )
     return None
-
-
-_LAYERS = ("layer_range", _read_layers)
 
 
 def _check_lengths(part: Slice, node: Node) -> None:
@@ -172,11 +168,13 @@ def _check_listed(listed: list[Source], info: MethodInfo, node: Node) -> None:
 
 def _check_slice(part: Slice, base: ModelName | None, node: Node, scope: Scope) -> None:
     if scope.missing_base and base is None:
-        node.wrong("a rule says 'missing: base', which needs base_model; add it to the recipe")
+        node.at("base_model").wrong("is missing; a rule says 'missing: base'")
     for info in scope.infos:
         of = "" if info is scope.info else " (the method of a rule)"
         if info.base is Base.REQUIRED and base is None:
-            node.wrong(f"{info.name}{of} needs base_model; add base_model: <path> to the recipe")
+            node.at("base_model").wrong(
+                f"is missing; {info.name}{of} takes task vectors from it: add base_model: <path>"
+            )
         elif info.base is Base.REQUIRED and info is not scope.info and _merges(part, base):
             node.wrong(
                 f"{info.name}{of} takes task vectors from the base model {base}, which "
@@ -184,7 +182,7 @@ def _check_slice(part: Slice, base: ModelName | None, node: Node, scope: Scope) 
                 f"merge_method and {scope.infos[0].name} that of rules"
             )
         low, high = info.models
-        if not low <= len(part.sources) <= (high or len(part.sources)):
+        if len(part.sources) < low or (high is not None and len(part.sources) > high):
             node.wrong(_wrong_count(info, of, part))
         for source in part.sources:
             for kind in sorted(set(info.extras) - set(source.extras)):
@@ -216,11 +214,8 @@ def methods_of_rules(node: Node | None) -> tuple[MethodInfo, ...]:
     """The methods that rules name, as far as they are right; what is wrong is not reported here."""
     rules = node.value if node and isinstance(node.value, list) else []
     names = [rule.get("merge_method") for rule in rules if isinstance(rule, dict)]
-    return tuple(
-        {
-            name: METHODS[name] for name in names if isinstance(name, str) and name in METHODS
-        }.values()
-    )
+    known = dict.fromkeys(name for name in names if isinstance(name, str) and name in METHODS)
+    return tuple(METHODS[name] for name in known)
 
 
 def counts_on_base(node: Node | None) -> bool:

@@ -209,7 +209,7 @@ def read_parameters(
             notes.append(f"{child.where}: has no effect here")
         else:
             child.at(node.where if node else "").wrong(_unknown_parameter(key, infos))
-            found.setdefault(nearest(key, known) or key, 0.0)
+            found.setdefault(nearest(key, known) or "", 0.0)  # meant, probably: not missing as well
     return found
 
 
@@ -258,14 +258,18 @@ def read_setting(node: Node, parameter: Parameter) -> Setting:
 def _read_filtered(node: Node, parameter: Parameter) -> Filtered:
     fields = node.fields(("filter", "value"), {})
     substring = optional(fields, "filter", Node.text)
+    if substring == "*":
+        substring = None
+    elif substring and "*" in substring:
+        fields["filter"].wrong("is a part of tensor names, not a glob; write it without '*'")
     if "value" not in fields:
         node.wrong("needs 'value'")
         return Filtered(substring, 0.0)
     value = fields["value"]
     if isinstance(value.value, list):
         entries = tuple(_read_scalar(entry, parameter) for entry in value.entries())
-        return Filtered(None if substring == "*" else substring, Gradient(entries))
-    return Filtered(None if substring == "*" else substring, _read_scalar(value, parameter))
+        return Filtered(substring, Gradient(entries))
+    return Filtered(substring, _read_scalar(value, parameter))
 
 
 def _read_scalar(node: Node, parameter: Parameter) -> Scalar:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -27,9 +27,23 @@ Tree: TypeAlias = "bool | int | float | str | list[Tree] | dict[str, Tree] | Non
 """A YAML document as plain values."""
 
 _TAG = "tag:yaml.org,2002:"
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def _float(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SCALARS: dict[str, Callable[[str], Tree]] = {
+    "null": lambda text: None,
+    "bool": lambda text: _BOOLS[text.lower()],
+    "int": int,
+    "float": _float,
+    "str": str,
+    "merge": str,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,9 +76,7 @@ for _name, _pattern, _first in (
         "-+.0123456789",
     ),
 ):
-    _Loader.add_implicit_resolver(
-        _TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first)
-    )
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +187,10 @@ def read_yaml(text: str, where: str) -> Node:
     return Node(tree, where, reading.problems, root=True)
 
 
-def clipped(text: str) -> str:
-    """Text for a message: printable, on one line, at most 80 characters."""
-    plain = "".join(char if char.isprintable() else "�" for char in text[:81])
-    return plain if len(plain) <= 80 else f"{plain[:77]}..."
+def clipped(text: str, length: int = 80) -> str:
+    """Text for a message: printable, on one line, of at most ``length`` characters."""
+    plain = "".join(char if char.isprintable() else "�" for char in text[: length + 1])
+    return plain if len(plain) <= length else f"{plain[: length - 3]}..."
 
 
 def shown(value: object) -> str:
@@ -226,9 +238,14 @@ def _composed(text: str, where: str) -> yaml.Node | None:
             return document
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_syntax(error, where)) from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML: chr() of "\UFFFFFFFF"
-        first = clipped(str(error).splitlines()[0])
+    except yaml.YAMLError as error:
+        first = clipped(str(error).splitlines()[0], 200)
         raise RecipeError(f"{where}: is not valid YAML: {first}") from None
+    except (ValueError, OverflowError):  # PyYAML's chr() of "\UFFFFFFFF", int() of a long %YAML
+        raise RecipeError(
+            f"{where}: is not valid YAML: a number of an escape (\\U...) or of a "
+            "directive (%YAML) is out of range"
+        ) from None
     raise RecipeError(
         f"{where}: has several YAML documents (separated by ---); write each recipe to its own file"
     )
@@ -239,7 +256,7 @@ def _syntax(error: yaml.MarkedYAMLError, where: str) -> str:
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     what = ", ".join(part for part in (error.context, error.problem) if part)
     hint = " (indent with spaces, not tabs)" if "'\\t'" in what else ""
-    return f"{where}{place}: is not valid YAML: {clipped(what)}{hint}"
+    return f"{where}{place}: is not valid YAML: {clipped(what, 200)}{hint}"
 
 
 @dataclass
@@ -257,34 +274,27 @@ class _Reading:
                 f"{self.where}: grows beyond {MAX_NODES:,} values or a depth of {MAX_DEPTH} when "
                 "its aliases (*name) are written out"
             )
+        tag = node.tag.removeprefix(_TAG)
         match node:
-            case yaml.ScalarNode():
-                return self._scalar(node)
-            case yaml.SequenceNode() if node.tag == f"{_TAG}seq":
+            case yaml.ScalarNode() if tag in _SCALARS:
+                return self._scalar(node, tag)
+            case yaml.SequenceNode() if tag == "seq":
                 return [self.value(item, depth + 1) for item in node.value]
-            case yaml.MappingNode() if node.tag == f"{_TAG}map":
+            case yaml.MappingNode() if tag == "map":
                 return self._mapping(node, depth)
-        return self._refused(node, f"has the tag {clipped(node.tag)}, which recipes do not have")
+        self._refuse(node, f"has the tag {clipped(node.tag)}, which recipes do not have")
+        return None
 
-    def _scalar(self, node: yaml.ScalarNode) -> Tree:
+    def _scalar(self, node: yaml.ScalarNode, tag: str) -> Tree:
         text: str = node.value
         if _CONTROL.search(text):
-            return self._refused(node, f"control character in {shown(text)}")
+            self._refuse(node, f"line break or control character in {shown(text)}")
+            return None
         try:
-            match node.tag.removeprefix(_TAG):
-                case "null":
-                    return None
-                case "bool":
-                    return _BOOLS[text.lower()]
-                case "int":
-                    return int(text)
-                case "float":
-                    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-                case "str" | "merge":
-                    return text
+            return _SCALARS[tag](text)
         except (KeyError, ValueError):
-            return self._refused(node, f"'{clipped(text)}' is not a usable {node.tag[len(_TAG) :]}")
-        return self._refused(node, f"has the tag {clipped(node.tag)}, which recipes do not have")
+            self._refuse(node, f"'{clipped(text)}' cannot be used as {tag}")
+            return None
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> Tree:
         found: dict[str, Tree] = {}
@@ -293,16 +303,16 @@ class _Reading:
         for key_node, value_node in node.value:
             value = self.value(value_node, depth + 1)
             if not isinstance(key_node, yaml.ScalarNode):
-                self._refused(key_node, "a key must be a word, not a list or mapping")
+                self._refuse(key_node, "a key must be a word, not a list or mapping")
                 continue
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in lines:
-                self._refused(
+                self._refuse(
                     key_node,
                     f"key '{clipped(key)}' is given twice (first in line {lines[key]}); remove one",
                 )
             elif _CONTROL.search(key):
-                self._refused(key_node, f"control character in the key '{clipped(key)}'")
+                self._refuse(key_node, f"control character in the key '{clipped(key)}'")
             elif key_node.tag == f"{_TAG}merge":
                 merged = self._merged(key_node, value)
             else:
@@ -317,8 +327,8 @@ class _Reading:
             if isinstance(part, dict):
                 result = {**part, **result}
             else:
-                self._refused(node, f"'<<' takes a mapping, not {shown(part)}")
+                self._refuse(node, f"'<<' takes a mapping, not {shown(part)}")
         return result
 
-    def _refused(self, node: yaml.Node, text: str) -> None:
+    def _refuse(self, node: yaml.Node, text: str) -> None:
         self.problems.append(f"{self.where}, line {node.start_mark.line + 1}: {text}")

@@ -85,10 +85,10 @@ def verify(url: str) -> VerifyReport:
             sizes[shard] = found.size
         except ShardmergeError as problem:
             problems.append(str(problem))
-    problems += _structure(headers, weight_map, total_size)
+    problems += _structure(headers, weight_map, total_size, store.join(url, INDEX))
     record = _read_record(url, store, problems) if RECORD in names else None
     if record is not None:
-        problems += _differences(record, listed)
+        problems += _differences(record, listed, store.join(url, RECORD))
         problems += _compare(url, store, {name: record[name] for name in listed if name in record})
     return VerifyReport(
         problems=tuple(problems),
@@ -123,12 +123,15 @@ def _shards(
         listed, total_size = sorted(set(weight_map.values())), metadata.get("total_size")
     extra = sorted(set(there).difference(listed))
     if extra:
-        problems.append(f"{len(extra)} shards are not part of the checkpoint: {few(extra)}.")
+        problems.append(f"{url}: shards of no checkpoint ({len(extra)}): {few(extra)}.")
     return listed, weight_map, total_size
 
 
 def _structure(
-    headers: Mapping[str, Header], weight_map: Mapping[str, str] | None, total_size: object
+    headers: Mapping[str, Header],
+    weight_map: Mapping[str, str] | None,
+    total_size: object,
+    index: str,
 ) -> Iterator[str]:
     """What the index and the headers say differently. Shards without a good header are left out."""
     if weight_map is None:
@@ -146,16 +149,16 @@ def _structure(
         if shard in headers and name not in headers[shard].tensors
     ]
     for found, what in (
-        (unnamed, "are in a shard but not in the index"),
-        (misplaced, "are in another shard than the index says"),
-        (absent, "are in the index but not in their shard"),
+        (unnamed, "in a shard but not in the index"),
+        (misplaced, "in another shard than the index says"),
+        (absent, "in the index but not in their shard"),
     ):
         if found:
-            yield f"{len(found):,} tensors {what}: {few(found)}."
+            yield f"{index}: tensors {what} ({len(found):,}): {few(found)}."
     stored = sum(tensor.nbytes for header in headers.values() for tensor in header.tensors.values())
     complete = len(headers) == len(set(weight_map.values()))
     if complete and total_size is not None and total_size != stored:
-        yield f"the index says total_size {total_size}, but the tensors have {stored} bytes."
+        yield f"{index}: total_size is {total_size}, but the tensors have {stored} bytes."
 
 
 # --- checksums ------------------------------------------------------------------------------------
@@ -194,13 +197,13 @@ def _parse_entry(entry: object) -> _Record | None:
     return _Record(nbytes, int(crc32, 16)) if re.fullmatch(r"[0-9a-fA-F]{8}", crc32) else None
 
 
-def _differences(record: Mapping[str, _Record], listed: list[str]) -> Iterator[str]:
+def _differences(record: Mapping[str, _Record], listed: list[str], place: str) -> Iterator[str]:
     missing = sorted(set(record).difference(listed))
     if missing:
-        yield f"{len(missing)} shards of {RECORD} are not part of the checkpoint: {few(missing)}."
+        yield f"{place}: names shards of no checkpoint ({len(missing)}): {few(missing)}."
     extra = sorted(set(listed).difference(record))
     if extra:
-        yield f"{len(extra)} shards have no checksum in {RECORD}: {few(extra)}."
+        yield f"{place}: has no checksum of shards ({len(extra)}): {few(extra)}."
 
 
 def _compare(url: str, store: Store, record: Mapping[str, _Record]) -> list[str]:

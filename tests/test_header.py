@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardmerge import header as header_module
 from shardmerge.errors import CheckpointError, HeaderError
 from shardmerge.header import (
     MAX_HEADER_BYTES,
@@ -279,6 +280,62 @@ def test_only_header_errors_for_a_damaged_header(data):
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     only_header_errors(bytes(content), len(content) + 40)
+
+
+plain_like = st.lists(
+    st.sampled_from(
+        [
+            b'{"__metadata__":{"format":"pt"},',
+            b'{"__metadata__":{"a":"\\ud800"},',
+            b"{",
+            b'"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},',
+            b'"a":{"dtype":"U8","shape":[],"data_offsets":[2,3]}',
+            b'"b":{"dtype":"U8","shape":[0,5],"data_offsets":[2,2]},',
+            b'"b":{"dtype":"U8","shape":[02],"data_offsets":[0,2]}}',
+            b'"c":{"dtype":"U8","shape":[2,],"data_offsets":[0,2]}}',
+            b'"c":{"dtype":"U8","shape":[2],"data_offsets":[0,02]},',
+            b'"c\\u0041":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+            b'"d":{"dtype":"F4","shape":[2],"data_offsets":[0,2]}}',
+            b'"e":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+            b'"f":{"dtype":"F32","shape":[2],"data_offsets":[0,7]}}',
+            b'"__metadata__":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+            b'"g": {"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+            b"}",
+            b" ",
+        ]
+    ),
+    max_size=5,
+).map(b"".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(plain_like | st.builds(lambda text: b"{" + text, plain_like))
+def test_the_fast_way_takes_nothing_that_the_full_one_refuses(text):
+    fast = header_module._scan(text, 8)
+    if fast is not None:
+        assert fast == header_module._parse_fields(text, 8, "x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_fast_way_agrees_with_the_full_one_on_damaged_headers(data):
+    listed = [("a", DType.F32, [2]), ("b.weight", DType.BF16, [3, 4]), ("é", DType.I64, [])]
+    text = bytearray(write_header(listed, align=8)[8:])
+    position = data.draw(st.integers(0, len(text) - 1))
+    text[position] = data.draw(st.integers(32, 127) | st.sampled_from(b'0123456789",:[]{}'))
+    fast = header_module._scan(bytes(text), 8)
+    if fast is not None:
+        assert fast == header_module._parse_fields(bytes(text), 8, "x")
+
+
+def test_headers_of_the_library_and_our_own_take_the_fast_way():
+    tensors = {"a": torch.zeros(2, 3), "é": torch.tensor(1), "none": torch.empty(0)}
+    for metadata in (None, {"format": "pt"}):
+        data = safetensors.torch.save(tensors, metadata=metadata)
+        start = header_size(data, len(data), "x")
+        assert header_module._scan(data[8:start], start) is not None
+        own = write_header([("a", DType.F32, [2, 3]), ("é", DType.I64, [])], metadata=metadata)
+        assert header_module._scan(own[8:], len(own)) is not None
 
 
 def test_writing_refuses_a_name_twice_and_the_reserved_one():

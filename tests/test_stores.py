@@ -303,6 +303,20 @@ def test_a_store_can_be_sent_to_a_process(tmp_path):
     assert pickle.loads(pickle.dumps(LocalStore())).read(str(tmp_path / "x")) == b"1"
 
 
+def test_a_forked_process_has_a_store_of_its_own(tmp_path):
+    (tmp_path / "x").write_bytes(b"1")
+    url = str(tmp_path / "x")
+    store = open_store(url)
+    with store._files._changed:  # as if another thread were opening a file just now
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if open_store(url).read(url) == b"1" else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def test_open_store_knows_local_paths_and_says_what_it_does_not_know(tmp_path):
     assert isinstance(open_store(str(tmp_path)), LocalStore)
     assert open_store("relative/path") is open_store(tmp_path.as_uri())

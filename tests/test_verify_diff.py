@@ -112,7 +112,7 @@ def test_missing_and_extra_shards_are_found(published):
     (published / ONE).rename(published / "other.safetensors")
     problems = "\n".join(verify(str(published)).problems)
     assert f"{ONE}: no such shard" in problems
-    assert "1 shards are not part of the checkpoint: other.safetensors" in problems
+    assert "shards of no checkpoint (1): other.safetensors" in problems
     (published / "other.safetensors").rename(published / ONE)
     assert verify(str(published)).problems == ()
 
@@ -120,19 +120,19 @@ def test_missing_and_extra_shards_are_found(published):
     content["shards"]["gone.safetensors"] = content["shards"].pop(TWO)
     (published / "shardmerge.json").write_text(json.dumps(content))
     problems = "\n".join(verify(str(published)).problems)
-    assert "1 shards of shardmerge.json are not part of the checkpoint: gone" in problems
-    assert f"1 shards have no checksum in shardmerge.json: {TWO}" in problems
+    assert "shardmerge.json: names shards of no checkpoint (1): gone" in problems
+    assert f"shardmerge.json: has no checksum of shards (1): {TWO}" in problems
 
 
 def test_an_index_that_does_not_fit_is_found(published):
     index = published / "model.safetensors.index.json"
     for weight_map, total, message in (
-        ({"a": ONE, "b": ONE, "c": TWO}, 55, "total_size 55, but the tensors have 54 bytes"),
-        ({"a": ONE, "c": TWO}, 54, f"1 tensors are in a shard but not in the index: 'b' ({ONE})"),
+        ({"a": ONE, "b": ONE, "c": TWO}, 55, "total_size is 55, but the tensors have 54 bytes"),
+        ({"a": ONE, "c": TWO}, 54, f"tensors in a shard but not in the index (1): 'b' ({ONE})"),
         (
             {"a": ONE, "b": ONE, "c": TWO, "d": TWO},
             54,
-            f"1 tensors are in the index but not in their shard: 'd' ({TWO})",
+            f"tensors in the index but not in their shard (1): 'd' ({TWO})",
         ),
     ):
         index.write_bytes(write_index(weight_map, total))

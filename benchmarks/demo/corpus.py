@@ -32,10 +32,10 @@ class Snippet:
 
     Args:
         text: The text, on one line.
-        kind: ``module``, ``class`` or ``function`` (docstrings), ``comment``, ``message`` (of an
-            exception), ``line`` (a statement without its keyword) or ``body`` (a function without
-            its name).
-        label: The keyword of a ``line``, the name of a ``body``, else an empty string.
+        kind: ``prose`` (a docstring's paragraph or a comment), ``line`` (of code, its first word
+            hidden), ``identifier`` or ``message`` (of an exception).
+        label: The hidden word of a ``line``; what an ``identifier`` names (``class``, ``function``,
+            ``constant``, ``variable``); the exception's name of a ``message``; else empty.
         package: The top-level module, for example ``email``.
     """
 
@@ -82,40 +82,23 @@ def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippe
 
 def _from_tree(tree: ast.Module, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstring(node)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield "body", node.name.strip("_"), _body(node)
-        if isinstance(node, ast.Raise):
-            yield "message", *_message(node)
-        yield from _identifiers(node)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # Later paragraphs of a docstring are often tables, examples and lists.
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n")[:2]:
+                if _is_prose(paragraph):
+                    yield "prose", "", paragraph
         if isinstance(node, ast.stmt | ast.ExceptHandler):
             keyword, _, rest = lines[node.lineno - 1].strip().partition(" ")
             if keyword in KEYWORDS:
                 yield "line", keyword, f"[MASK] {rest}"
-
-
-def _docstring(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
-) -> Iterator[tuple[str, str, str]]:
-    kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
-    paragraphs = (ast.get_docstring(node) or "").split("\n\n")
-    for paragraph in paragraphs[: 6 if kind == "module" else 2]:
-        if _is_prose(paragraph):
-            yield kind, "", paragraph
+        if isinstance(node, ast.Raise):
+            yield "message", *_message(node)
+        yield from _identifiers(node)
 
 
 def _is_prose(text: str) -> bool:
     words = re.findall(r"[A-Za-z']+", text)
-    return len(words) >= 4 and len("".join(words)) > 0.6 * len(text) and ">>>" not in text
-
-
-def _body(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    code = " ; ".join(ast.unparse(statement) for statement in statements[:4])
-    name = re.escape(node.name.strip("_"))
-    # A function often calls its namesake (of super, of a wrapped object), which would tell its name.
-    return re.sub(name, "[MASK]", f"({ast.unparse(node.args)}): {code}", flags=re.IGNORECASE)
+    return len(words) >= 8 and len("".join(words)) > 0.6 * len(text) and ">>>" not in text
 
 
 def _message(node: ast.Raise) -> tuple[str, str]:
@@ -154,4 +137,4 @@ def _comments(lines: list[str]) -> Iterator[tuple[str, str, str]]:
             text = " ".join(block)
             block = []
             if _is_prose(text) and not text.startswith("type:"):
-                yield "comment", "", text
+                yield "prose", "", text

@@ -27,7 +27,7 @@ class Settings:
     """How to fine-tune.
 
     Args:
-        steps: Batches to train on, each text once.
+        steps: Batches to train on.
         batch_size: Texts in a batch.
         learning_rate: The largest one; it rises over the first tenth and then falls to zero.
         scale: Factor on the cosines, so that the softmax over them can be confident.
@@ -99,13 +99,16 @@ def fine_tune(
 
 
 def _batches(task: Task, settings: Settings) -> list[list[Example]]:
-    """Return the batches of the one epoch: similar lengths within a batch, any order of batches."""
+    """Return the batches, as many epochs as it takes; texts of a batch have similar lengths."""
     shuffled = random.Random(settings.seed)
-    examples = list(task.train[: settings.steps * settings.batch_size])
-    shuffled.shuffle(examples)
-    batches = batches_by_length(examples, settings.batch_size)
-    shuffled.shuffle(batches)
-    return batches
+    batches: list[list[Example]] = []
+    while len(batches) < settings.steps:
+        examples = list(task.train)
+        shuffled.shuffle(examples)
+        epoch = batches_by_length(examples, settings.batch_size)
+        shuffled.shuffle(epoch)
+        batches += epoch
+    return batches[: settings.steps]
 
 
 def _digest(task: Task) -> str:

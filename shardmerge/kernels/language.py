@@ -4,9 +4,9 @@ A method's pass is called once with a symbolic tile; what it returns is a small 
 which ``kernels.llvm`` turns into one native loop over the elements of real tiles.
 
 Types follow one rule: values are ``f32`` (``f64`` for float64 inputs), numbers of a recipe and of
-decisions are ``f64``, and an operation on both is done in ``f64``. So a product of a weight and a
-task vector, and every sum of such products, is computed in float64 and rounded once, on writing.
-A Python literal takes the type of its partner.
+decisions are ``f64``, and an operation on both is done in ``f64``. So a weighted sum is computed in
+float64 and rounded once, on writing, unless a method says otherwise (``in_type_of``). A Python
+literal takes the type of its partner.
 """
 
 from __future__ import annotations
@@ -206,6 +206,19 @@ def sum_of(values: Sequence[Number]) -> Expr:
     total = wide(values[0])
     for value in values[1:]:
         total = total + wide(value)
+    return total
+
+
+def in_type_of(value: Expr, number: Number) -> Expr:
+    """A parameter or decision, rounded to the type of ``value``."""
+    return _cast(wide(number), value.type)
+
+
+def running_sum(values: Sequence[Expr]) -> Expr:
+    """Sum over models, in their order, in their own type."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
     return total
 
 

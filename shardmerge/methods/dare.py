@@ -12,15 +12,18 @@ from shardmerge.methods.api import (
     Decision,
     Expr,
     Floats,
+    Number,
     PerModel,
     Tile,
     Totals,
     fraction,
+    in_type_of,
     measure,
     merge_method,
     merges,
     oracle,
     parameter,
+    running_sum,
     settle,
     sum_of,
     total_weight,
@@ -76,12 +79,15 @@ class _Dare:
 
     def _weighted(self, tile: Tile, scales: Decision | None) -> list[Expr]:
         """Weight times rescaled task vector."""
-        kept = self._kept(tile)
+        factors: Sequence[Number] = self.weight
         if self.rescale is Rescale.INV_KEEP:
-            return [w / p * d for w, p, d in zip(self.weight, self.density, kept, strict=True)]
-        if scales is None:
-            return [w * d for w, d in zip(self.weight, kept, strict=True)]
-        return [w * s * d for w, s, d in zip(self.weight, scales, kept, strict=True)]
+            factors = [w / p for w, p in zip(self.weight, self.density, strict=True)]
+        elif scales is not None:
+            factors = [w * scale for w, scale in zip(self.weight, scales, strict=True)]
+        return [
+            in_type_of(delta, factor) * delta
+            for factor, delta in zip(factors, self._kept(tile), strict=True)
+        ]
 
 
 def _drops(self: _Dare) -> bool:
@@ -193,9 +199,9 @@ class DareTies(_Dare):
     def merge(self, tile: Tile, scales: Decision | None) -> Expr:
         """Elect a sign and add what agrees."""
         weighted = self._weighted(tile, scales)
-        positive = sum_of(weighted) >= 0.0
+        positive = running_sum(weighted) >= 0.0
         merged = elected_sum(weighted, self.weight, normalize=self.normalize, positive=positive)
-        return tile.reference + self.lam * merged
+        return tile.reference + in_type_of(merged, self.lam) * merged
 
 
 def _dropped(

@@ -1,4 +1,9 @@
-"""The sign election of TIES, shared by the methods that end with it."""
+"""The sign election of TIES, shared by the methods that end with it.
+
+It is computed in the type of the inputs, like the implementations that users compare with: where
+weighted values cancel up to rounding (bfloat16 models with weights like 0.3 and 0.4 have many such
+elements), the sign that rounding leaves decides, and a wider type would elect others.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shardmerge.methods.api import Expr, Floats, Number, sum_of, where
+from shardmerge.methods.api import Expr, Floats, Number, in_type_of, running_sum, where
 
 
 def elected_sum(
@@ -21,10 +26,12 @@ def elected_sum(
         positive: whether the elected sign is +, per element.
     """
     agrees = [(positive & (value > 0.0)) | (~positive & (value < 0.0)) for value in weighted]
-    total = sum_of([where(yes, value, 0.0) for yes, value in zip(agrees, weighted, strict=True)])
+    kept = [where(yes, value, 0.0) for yes, value in zip(agrees, weighted, strict=True)]
+    total = running_sum(kept)
     if not normalize:
         return total
-    mass = sum_of([where(yes, weight, 0.0) for yes, weight in zip(agrees, weights, strict=True)])
+    own = [in_type_of(total, weight) for weight in weights]
+    mass = running_sum([where(yes, w, 0.0) for yes, w in zip(agrees, own, strict=True)])
     return total / where(mass.equals(0.0), 1.0, mass)
 
 

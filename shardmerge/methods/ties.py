@@ -18,15 +18,16 @@ from shardmerge.methods.api import (
     Tile,
     Totals,
     fraction,
+    in_type_of,
     magnitude_key,
     measure,
     merge_method,
     merges,
     oracle,
     parameter,
+    running_sum,
     settle,
     single,
-    sum_of,
     where,
     wide,
 )
@@ -64,8 +65,10 @@ class Ties:
         kept (over a model the int(density * n) + 1-th, as the authors' code): of equal magnitudes
         all or none. mergekit keeps exactly that many, in an unstable order. A zero sum elects +
         with ``trim: tensor`` (mergekit), the model's majority sign with ``trim: model`` (the
-        paper), where no majority counts as -. Magnitudes are compared as float32, so float64
-        inputs that are equal in float32 are kept or trimmed together.
+        paper), where no majority counts as -. Sums that cancel up to rounding elect the sign that
+        float32 leaves, in the order of the models, as mergekit does with ``dtype: float32``.
+        Magnitudes are compared as float32, so float64 inputs that are equal in float32 are kept
+        or trimmed together.
     Example:
         >>> merge_arrays(Ties(weight=(1.0, 1.0), density=(0.5, 0.5), normalize=True, lam=1.0,
         ...                   trim=Over.TENSOR),
@@ -117,7 +120,7 @@ class Ties:
     @measure(over=Over.MODEL, when=lambda self: self.trim is Over.MODEL)
     def signs(self, tile: Tile, cut: Decision | None) -> Totals:
         """The number of positive less that of negative sums of trimmed task vectors."""
-        total = sum_of(self._trimmed(tile, cut))
+        total = running_sum(self._trimmed(tile, cut))
         return Totals((where(total > 0.0, 1.0, where(total < 0.0, -1.0, 0.0 * total)),))
 
     @settle()
@@ -129,12 +132,12 @@ class Ties:
     def merge(self, tile: Tile, cut: Decision | None, majority: Decision | None) -> Expr:
         """Elect a sign and add what agrees."""
         weighted = self._trimmed(tile, cut)
-        total = sum_of(weighted)
+        total = running_sum(weighted)
         positive = total >= 0.0
         if majority is not None:
             positive = (total > 0.0) | (total.equals(0.0) & (majority[0] > 0.0))
         merged = elected_sum(weighted, self.weight, normalize=self.normalize, positive=positive)
-        return tile.reference + self.lam * merged
+        return tile.reference + in_type_of(merged, self.lam) * merged
 
     def _rank(self, model: int, counts: Counts) -> int:
         """How many elements of the model are kept, counted from the largest."""
@@ -144,11 +147,15 @@ class Ties:
 
     def _trimmed(self, tile: Tile, cut: Decision | None) -> list[Expr]:
         """Weight times task vector, zero below the threshold."""
+        weighted = [
+            in_type_of(delta, w) * delta for w, delta in zip(self.weight, tile.deltas, strict=True)
+        ]
         if cut is None:
-            return [w * delta for w, delta in zip(self.weight, tile.deltas, strict=True)]
+            return weighted
+        magnitudes = [abs(single(delta)) for delta in tile.deltas]
         return [
-            where(wide(abs(single(delta))) >= threshold, w * delta, 0.0)
-            for w, delta, threshold in zip(self.weight, tile.deltas, cut, strict=True)
+            where(magnitude >= in_type_of(magnitude, threshold), value, 0.0)
+            for value, magnitude, threshold in zip(weighted, magnitudes, cut, strict=True)
         ]
 
 

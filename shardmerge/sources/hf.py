@@ -240,7 +240,7 @@ def _refuse_missing_shards(shards: Sequence[str], names: Sequence[str], index: s
     missing = sorted(set(shards).difference(names))
     if missing:
         raise CheckpointError(
-            f"{index}: {len(missing)} of its {len(shards)} shards are missing: {few(missing)}.\n"
+            f"{index}: shards missing ({len(missing)} of {len(shards)}): {few(missing)}.\n"
             "  The download or copy is not complete; run it again."
         )
 
@@ -265,11 +265,11 @@ def _check_index(
         if name not in weight_map
     ]
     problems = [
-        f"{len(found):,} tensors {what}: {few(found)}"
+        f"tensors {what} ({len(found):,}): {few(found)}"
         for found, what in (
-            (twice, "are in two shards"),
-            (absent if not twice else [], "are not in the shard that the index names"),
-            (unnamed, "are in a shard but not in the index"),
+            (twice, "in two shards"),
+            (absent if not twice else [], "that are not in the shard that the index names"),
+            (unnamed, "in a shard but not in the index"),
         )
         if found
     ]

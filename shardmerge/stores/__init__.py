@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 
 from shardmerge.errors import StoreError
@@ -33,3 +34,7 @@ def open_store(url: str) -> Store:
 def _local_store() -> LocalStore:
     """One for the process, so that the limit on open files holds for all models together."""
     return LocalStore()
+
+
+# The lock of a store could be held by a thread that a forked process does not have.
+os.register_at_fork(after_in_child=_local_store.cache_clear)
