@@ -1,0 +1,28 @@
+"""shardmerge: merge model checkpoints, tile by tile, in constant memory.
+
+A recipe becomes a plan, a plan is many tasks, a task reads a tile of every model, runs one kernel
+and writes one byte range of the output; when all ranges are there, the index is published. The
+files, in the order of the data:
+
+    merge       the whole path in a few lines
+    recipe      WHAT: YAML to a frozen Recipe, and the method of each tensor (recipe_*: its grammar)
+    header      the safetensors format; the only file that knows it
+    sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
+    match       which input tensors make each output tensor (parts, layers, mismatch: its steps)
+    layout      where every element of the output goes: shards, headers, parts
+    plan        HOW: tasks, what each reads, keeps in memory and writes
+    execute     RUN: which task next, what is durable, when to stop
+    work        one task: read a tile, run a kernel, write a tile (decode, summaries: its steps)
+    ledger      which parts are written and what was decided
+    shards      TO: bytes to their place in an output shard
+    publish     SHOW: check coverage, name the shards, write the index last (assets: small files)
+    methods     one file per merge method
+    kernels     a method's arithmetic, compiled to native loops
+    stores      places that hold bytes
+    executors   places to run tasks
+    numerics    dtypes, random numbers, exact sums, checksums
+    errors      every exception
+    verify, diff, describe, progress, cli: looking at checkpoints, and the command line
+"""
+
+__version__ = "0.1.0"

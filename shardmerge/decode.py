@@ -36,7 +36,8 @@ def fp8_values(dtype: DType) -> npt.NDArray[np.float32]:
     else:
         special = exponent == 31
         values[special] = np.where(fraction[special] == 0, sign[special] * np.inf, np.nan)
-    return values.astype(np.float32)
+    decoded: npt.NDArray[np.float32] = values.astype(np.float32)
+    return decoded
 
 
 def decode_blocks(

@@ -56,6 +56,23 @@ class TensorDiff:
     norm_diff: float = 0.0
     cosine: float = 1.0
 
+    def line(self) -> str:
+        """The difference in one line."""
+        if self.status != "compared":
+            shapes = (
+                f" ({self.shape_a} and {self.shape_b})" if self.shape_a and self.shape_b else ""
+            )
+            return f"{self.name}: {self.status}{shapes}"
+        if self.same:
+            return f"{self.name}: same"
+        dtypes = f" {self.dtype_a}/{self.dtype_b}" if self.dtype_a != self.dtype_b else ""
+        return (
+            f"{self.name}:{dtypes} {self.differing} differ, max {self.max_abs:.3e}, "
+            f"mean {self.mean_abs:.3e}, norms {self.norm_a:.6g} {self.norm_b:.6g}, "
+            f"of the difference {self.norm_diff:.6g}, cosine {self.cosine:.9f}"
+            + (f", {self.non_finite} NaN or infinite" if self.non_finite else "")
+        )
+
     @property
     def same(self) -> bool:
         """Whether both checkpoints have this tensor with the same dtype, shape and values."""

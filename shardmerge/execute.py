@@ -29,7 +29,16 @@ _TICK_S = 0.2
 class Progress(Protocol):
     """Told of every task that ended."""
 
-    def start(self, *, tasks: int, tasks_done: int, write_bytes: int, written_bytes: int) -> None:
+    def start(
+        self,
+        *,
+        tasks: int,
+        tasks_done: int,
+        all_bytes: int,
+        done_bytes: int,
+        write_bytes: int,
+        written_bytes: int,
+    ) -> None:
         """What there is to do, and what an earlier run has done of it."""
 
     def task(self, done: Done, task: Task) -> None:
@@ -184,13 +193,16 @@ class _Drive:
             self._committer.tick()
 
     def _announce(self) -> None:
-        plan = self._plan
-        written = sum(receipt.nbytes for receipt in self._receipts.values())
+        tasks = self._plan.tasks
+        all_bytes = sum(task.read_bytes + task.write_bytes for task in tasks)
+        left_bytes = sum(task.read_bytes + task.write_bytes for task in self._tasks.values())
         self._progress.start(
-            tasks=len(plan.tasks),
-            tasks_done=len(plan.tasks) - len(self._tasks),
-            write_bytes=plan.output_bytes,
-            written_bytes=written,
+            tasks=len(tasks),
+            tasks_done=len(tasks) - len(self._tasks),
+            all_bytes=all_bytes,
+            done_bytes=all_bytes - left_bytes,
+            write_bytes=self._plan.output_bytes,
+            written_bytes=sum(receipt.nbytes for receipt in self._receipts.values()),
         )
 
     def _collect(self, executor: Executor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -113,11 +113,12 @@ def layout_of(names: Iterable[str], config: Mapping[str, object]) -> Layout:
             sizes[place.prefix] += 1
     lengths = {prefix: max(found) + 1 for prefix, found in numbers.items()}
     declared = layer_count_of(config)
-    main = _main_stack(lengths, sizes, declared)
+    whole = {prefix for prefix, found in numbers.items() if len(found) == lengths[prefix]}
+    main = _main_stack(lengths, whole, sizes, declared)
     stacks = {
         prefix: length
         for prefix, length in lengths.items()
-        if prefix == main or length == len(numbers[prefix]) > 1
+        if prefix == main or (prefix in whole and length > 1)
     }
     return Layout(
         places={name: place for name, place in places.items() if place.prefix in stacks},
@@ -128,18 +129,26 @@ def layout_of(names: Iterable[str], config: Mapping[str, object]) -> Layout:
 
 
 def _main_stack(
-    lengths: Mapping[str, int], sizes: Mapping[str, int], declared: int | None
+    lengths: Mapping[str, int], whole: Set[str], sizes: Mapping[str, int], declared: int | None
 ) -> str | None:
     """The stack of the declared length, else the shortest longer one (MTP), else the longest.
 
-    Among equals, towers for images and sound come last and stacks of many tensors first.
+    Among equals, those with gaps and towers for images or sound come last, and stacks of many
+    tensors first.
     """
 
-    def order(prefix: str) -> tuple[int, int, bool, int, str]:
+    def order(prefix: str) -> tuple[int, bool, int, bool, int, str]:
         length = lengths[prefix]
         fits = 0 if length == declared else 1 if declared and length > declared else 2
         by_length = length if fits == 1 else -length
-        return fits, by_length, _TOWER.search(prefix) is not None, -sizes[prefix], prefix
+        return (
+            fits,
+            prefix not in whole,
+            by_length,
+            _TOWER.search(prefix) is not None,
+            -sizes[prefix],
+            prefix,
+        )
 
     return min(lengths, key=order, default=None)
 

@@ -8,13 +8,12 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite
 import yaml
 
+from shardmerge import __version__
 from shardmerge.errors import (
     NonFiniteError,
     OutputError,
@@ -25,7 +24,8 @@ from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
 from shardmerge.ledger import LEDGER, Ledger, Lock, fingerprint
 from shardmerge.match import Outputs, match
-from shardmerge.plan import Plan, Task, inputs_of, make_plan
+from shardmerge.plan import Plan, inputs_of, make_plan
+from shardmerge.progress import Quiet
 from shardmerge.publish import (
     CLEARED,
     INDEX,
@@ -40,7 +40,6 @@ from shardmerge.shards import STAGING, ShardWriter, opened, staged, write_failed
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.stores import open_store
-from shardmerge.work import Done
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 _SPARE_BYTES = 16 * 2**20
@@ -49,16 +48,6 @@ _SPARE_BYTES = 16 * 2**20
 Sources = Mapping[ModelName, Checkpoint]
 
 log = logging.getLogger(__name__)
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def start(self, *, tasks: int, tasks_done: int, write_bytes: int, written_bytes: int) -> None:
-        """Nothing."""
-
-    def task(self, done: Done, task: Task) -> None:
-        """Nothing."""
 
 
 EXECUTORS: Mapping[str, Callable[[Plan, ShardWriter], Executor]] = {"local": LocalExecutor}
@@ -103,7 +92,7 @@ def merge(
                 workers,
                 ledger,
                 writer,
-                progress=progress or NoProgress(),
+                progress=progress or Quiet(),
                 stop=stop or threading.Event(),
             )
         _refuse_changed(sources)
@@ -164,7 +153,7 @@ def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
     settings.pop("allow_non_finite", None)
     identity = {
         "recipe": yaml.safe_dump(settings, sort_keys=True),
-        "shardmerge": version("shardmerge"),
+        "shardmerge": __version__,
         "compiler": f"llvmlite {llvmlite.__version__}",
         "device": "cpu",
     }
@@ -238,7 +227,8 @@ def _forget(staging: Path) -> None:
 
 def _recover(out: Path, plan: Plan, ledger: Ledger) -> set[int]:
     """Shards that already have their names; forgets the receipts of shards whose bytes are gone."""
-    done, gone = set(), set()
+    done: set[int] = set()
+    gone: set[int] = set()
     for number, shard in enumerate(plan.shards):
         if not staged(out, shard).exists():
             (done if CLEARED in ledger.events and (out / shard.name).exists() else gone).add(number)
@@ -272,7 +262,7 @@ def _refuse_full(out: Path, plan: Plan, done: set[int]) -> None:
             f"{out} has {room.f_bavail * room.f_frsize:,} bytes free; the output needs "
             f"{needed:,} more.\n  Free some, or give another place."
         )
-    if 0 < room.f_files and room.f_favail < len(plan.shards) + 64:
+    if room.f_files > 0 and room.f_favail < len(plan.shards) + 64:
         raise OutputError(f"{out} has room for {room.f_favail} more files; that is too few.")
 
 
@@ -331,7 +321,12 @@ def _assets(
 ) -> dict[str, bytes]:
     """The content of every file of the checkpoint that is not a shard or the index."""
     import json
-    return {PROVENANCE: json.dumps({"shards":checksums,"fingerprint":fingerprint(plan.identity)}).encode()}
+
+    return {
+        PROVENANCE: json.dumps(
+            {"shards": checksums, "fingerprint": fingerprint(plan.identity)}
+        ).encode()
+    }
 
 
 def _published(plan: Plan, *, already: bool) -> Published:
@@ -341,6 +336,7 @@ def _published(plan: Plan, *, already: bool) -> Published:
         nbytes=plan.output_bytes,
         tensors=len(plan.tensors),
         already=already,
+        notes=(*plan.recipe.notes, *plan.outputs.notes),
     )
 
 

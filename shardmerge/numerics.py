@@ -161,17 +161,21 @@ def _gf2_times(matrix: list[int], vector: int) -> int:
     return product
 
 
+def _gf2_square(matrix: list[int]) -> list[int]:
+    return [_gf2_times(matrix, row) for row in matrix]
+
+
 def crc32_combine(first: int, second: int, second_bytes: int) -> int:
     """The CRC-32 of two byte strings joined, from the CRC-32 of each and the length of the second.
 
     Appending n zero bytes is a linear map on the CRC's 32 bits; it is applied by repeated squaring.
     """
-    zero_bit = [_CRC32_POLYNOMIAL] + [1 << bit for bit in range(31)]
-    square = lambda matrix: [_gf2_times(matrix, row) for row in matrix]  # noqa: E731
-    operator = square(square(square(zero_bit)))  # one zero byte
+    operator = [_CRC32_POLYNOMIAL] + [1 << bit for bit in range(31)]  # one zero bit
+    for _ in range(3):
+        operator = _gf2_square(operator)  # one zero byte
     while second_bytes:
         if second_bytes & 1:
             first = _gf2_times(operator, first)
-        operator = square(operator)
+        operator = _gf2_square(operator)
         second_bytes >>= 1
     return first ^ second

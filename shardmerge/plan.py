@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shardmerge.errors import MemoryBudgetError, RecipeError
 from shardmerge.kernels.trace import Inputs
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
-from shardmerge.match import OutputTensor, Outputs
+from shardmerge.match import Outputs, OutputTensor
 from shardmerge.methods.api import HISTOGRAM_BINS, Kind, Method, Over, Pass, info_of
 from shardmerge.numerics import CANONICAL_BLOCK, DType
 from shardmerge.recipe import Recipe

@@ -41,6 +41,7 @@ class Published:
         nbytes: of all shards.
         tensors: their number.
         already: whether an earlier run had published it; nothing was done.
+        notes: every default that was used, in words.
     """
 
     out: str
@@ -48,6 +49,7 @@ class Published:
     nbytes: int
     tensors: int
     already: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def shard_checksums(

@@ -31,6 +31,12 @@ _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
+def _int(text: str) -> int:
+    if len(text) > 100:
+        raise ValueError("more digits than any number of a recipe has, or than a float can hold")
+    return int(text)
+
+
 def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -39,7 +45,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _SCALARS: dict[str, Callable[[str], Tree]] = {
     "null": lambda text: None,
     "bool": lambda text: _BOOLS[text.lower()],
-    "int": int,
+    "int": _int,
     "float": _float,
     "str": str,
     "merge": str,

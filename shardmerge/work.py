@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.kernels.compile import OUTPUT_BIT, Form, Kernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
-from shardmerge.layout import Part, Piece
+from shardmerge.layout import Piece
 from shardmerge.match import OutputTensor
 from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of
 from shardmerge.numerics import CANONICAL_BLOCK, philox_key
@@ -139,7 +139,7 @@ class Window:
 def read_elements(ref: TensorRef, start: int, stop: int, into: npt.NDArray[np.uint8]) -> int:
     """Fill ``into`` with the stored bytes of elements ``[start, stop)``; gives their number."""
     position = 0
-    view = memoryview(into)
+    view = into.data
     for segment in ranges(ref, start, stop):
         chunk = view[position : position + segment.nbytes]
         open_store(segment.url).read_into(segment.url, segment.offset, chunk)
@@ -147,13 +147,25 @@ def read_elements(ref: TensorRef, start: int, stop: int, into: npt.NDArray[np.ui
     return position
 
 
-class Worker:
-    """Runs tasks, one at a time, in memory that is taken once.
+@dataclass(slots=True)
+class Context:
+    """What the passes of a tensor share with their worker.
 
     Args:
         permits: kernels run while holding one, so that other workers read and write meanwhile.
         stopping: set when the run is to stop; a task then ends between two tiles.
     """
+
+    plan: Plan
+    kernels: Kernels
+    permits: threading.Semaphore
+    stopping: threading.Event
+    arena: Arena
+    seconds: Seconds = field(default_factory=Seconds)
+
+
+class Worker:
+    """Runs tasks, one at a time, in memory that is taken once."""
 
     def __init__(
         self,
@@ -163,71 +175,63 @@ class Worker:
         permits: threading.Semaphore,
         stopping: threading.Event,
     ) -> None:
-        self._plan = plan
+        arena = Arena(plan.worker_bytes)
+        self._context = Context(plan, kernels, permits, stopping, arena)
         self._writer = writer
-        self._kernels = kernels
-        self._permits = permits
-        self._stopping = stopping
-        self._arena = Arena(plan.worker_bytes)
-        self._seconds = Seconds()
 
     def run(self, task: Task, decided: Decided) -> Done:
         """Do a task."""
-        self._seconds = Seconds()
+        self._context.seconds = Seconds()
         if isinstance(task, MeasureTask):
-            return self._measure_task(task, decided)
-        return self._merge_task(task, decided)
+            return self._measure(task, decided)
+        return self._merge(task, decided)
 
-    # measuring
+    def _start(self, tensor: int, decided: Decided, *, resident: bool) -> _TensorRun:
+        self._context.arena.clear()
+        return _TensorRun(self._context, tensor, decided, resident=resident)
 
-    def _measure_task(self, task: MeasureTask, decided: Decided) -> Done:
-        method = self._plan.scopes[task.scope].method
+    def _measure(self, task: MeasureTask, decided: Decided) -> Done:
+        method = self._context.plan.scopes[task.scope].method
         step = next(s for s in info_of(method).passes if s.name == task.step)
-        partials: list[Partial] = []
+        counts: Counts | None = None
+        blocks: list[BlockSums] = []
         read_bytes = 0
         for piece in task.pieces:
-            self._arena.clear()
-            run = _TensorRun(self, piece.tensor, decided, resident=False)
-            partials.append(run.measure(step, piece.start, piece.stop))
+            run = self._start(piece.tensor, decided, resident=False)
+            partial = run.measure(step, piece.start, piece.stop)
             read_bytes += run.window.read_bytes
-        partial = partials[0]
-        if isinstance(partial, tuple):
-            blocks = [block for item in partials if isinstance(item, tuple) for block in item]
-            partial = tuple(blocks)
-        else:
-            for more in partials[1:]:
-                partial = partial + more
-        return Done(task.number, (), partial, read_bytes, self._seconds)
+            if isinstance(partial, tuple):
+                blocks += partial
+            else:
+                counts = partial if counts is None else counts + partial
+        partial = tuple(blocks) if counts is None else counts
+        return Done(task.number, (), partial, read_bytes, self._context.seconds)
 
-    # merging
-
-    def _merge_task(self, task: MergeTask, decided: Decided) -> Done:
+    def _merge(self, task: MergeTask, decided: Decided) -> Done:
         receipts, read_bytes = [], 0
         run: _TensorRun | None = None
         for part in task.parts:
             sink = self._writer.part(part)
             if part.number == 0:
-                sink.write(self._plan.shards[part.shard].header)
+                sink.write(self._context.plan.shards[part.shard].header)
             found: set[tuple[int, int]] = set()
             for piece in part.pieces:
-                if run is None or run.tensor_number != piece.tensor:
+                if run is None or run.number != piece.tensor:
                     read_bytes += 0 if run is None else run.window.read_bytes
-                    self._arena.clear()
-                    run = _TensorRun(self, piece.tensor, decided, resident=task.resident)
+                    run = self._start(piece.tensor, decided, resident=task.resident)
                 found |= run.merge(piece, sink)
             receipts.append(sink.receipt(sorted(found)))
         read_bytes += 0 if run is None else run.window.read_bytes
-        return Done(task.number, tuple(receipts), None, read_bytes, self._seconds)
+        return Done(task.number, tuple(receipts), None, read_bytes, self._context.seconds)
 
 
 class _TensorRun:
     """The passes of one output tensor on one worker."""
 
-    def __init__(self, worker: Worker, number: int, decided: Decided, *, resident: bool) -> None:
-        plan = worker._plan
-        self._worker = worker
-        self._plan = plan
-        self.tensor_number = number
+    def __init__(self, context: Context, number: int, decided: Decided, *, resident: bool) -> None:
+        plan = context.plan
+        self.number = number
+        self._context = context
         self._tensor: OutputTensor = plan.tensors[number]
         method = self._tensor.method
         self._levels = {} if method is None else info_of(method).levels(method)
@@ -237,12 +241,12 @@ class _TensorRun:
         numel = tensor_numel(self._tensor)
         self.window = Window(
             inputs_of(self._tensor),
-            worker._arena,
+            context.arena,
             tile=self._tile,
             resident=self._resident,
             numel=numel,
         )
-        self._output = worker._arena.take(min(self._tile, numel) * self._tensor.dtype.itemsize)
+        self._output = context.arena.take(min(self._tile, numel) * self._tensor.dtype.itemsize)
         self._decisions = self._given(decided)
         self._keys = _random_keys(self._tensor, plan.recipe.seed)
         if self._resident:
@@ -255,7 +259,7 @@ class _TensorRun:
             if over is None:
                 found[name] = None
             elif not self._resident or over is Over.MODEL:
-                found[name] = decided.get(self._plan.key(self.tensor_number, name, over))
+                found[name] = decided.get(self._context.plan.key(self.number, name, over))
         return found
 
     def _measure_all(self, numel: int) -> None:
@@ -283,7 +287,7 @@ class _TensorRun:
 
         for _ in self._tiles(kernel, step, start, stop, into):
             pass
-        return (BlockSums(self.tensor_number, start // CANONICAL_BLOCK, sums),)
+        return (BlockSums(self.number, start // CANONICAL_BLOCK, sums),)
 
     def _count(self, kernel: Kernel, step: Pass, start: int, stop: int) -> Counts:
         total = np.zeros((kernel.width, HISTOGRAM_BINS), dtype=np.int64)
@@ -309,9 +313,9 @@ class _TensorRun:
         for begin, end, bits in tiles:
             flags |= bits
             self._write(sink, self._output[: (end - begin) * size])
-        found = {(self.tensor_number, k) for k in kernel.inputs if flags >> k & 1}
+        found = {(self.number, k) for k in kernel.inputs if flags >> k & 1}
         if flags >> OUTPUT_BIT and not found:
-            found = {(self.tensor_number, -1)}
+            found = {(self.number, -1)}
         return found
 
     def _tiles(
@@ -321,13 +325,13 @@ class _TensorRun:
         start: int,
         stop: int,
         into: Callable[[int, int], npt.NDArray[np.generic]],
-    ) -> Sequence[tuple[int, int, int]]:
+    ) -> Iterator[tuple[int, int, int]]:
         """Run the kernel over each tile; yields its elements and the kernel's answer."""
         parameters = numbers_of(self._tensor.method, step, self._decisions)
         for begin in range(start, stop, self._tile):
             end = min(stop, begin + self._tile)
             inputs = self._read(begin, end, kernel.inputs)
-            with self._worker._permits:
+            with self._context.permits:
                 began = time.perf_counter()
                 bits = kernel(
                     count=end - begin,
@@ -337,21 +341,21 @@ class _TensorRun:
                     keys=self._keys,
                     output=into(begin, end),
                 )
-                self._worker._seconds.kernel += time.perf_counter() - began
+                self._context.seconds.kernel += time.perf_counter() - began
             yield begin, end, bits
 
     def _read(self, start: int, stop: int, which: Sequence[int]) -> list[int]:
-        if self._worker._stopping.is_set():
+        if self._context.stopping.is_set():
             raise Stopping
         began = time.perf_counter()
         addresses = self.window.tile(start, stop, which)
-        self._worker._seconds.read += time.perf_counter() - began
+        self._context.seconds.read += time.perf_counter() - began
         return addresses
 
     def _write(self, sink: PartWriter, data: npt.NDArray[np.uint8]) -> None:
         began = time.perf_counter()
-        sink.write(memoryview(data))
-        self._worker._seconds.write += time.perf_counter() - began
+        sink.write(data.data)
+        self._context.seconds.write += time.perf_counter() - began
 
     def _copy(self, piece: Piece, sink: PartWriter) -> None:
         """Copy elements that are no floats; all inputs must hold the same."""
@@ -372,7 +376,7 @@ class _TensorRun:
 
     def _kernel(self, step: Pass) -> Kernel:
         output = self._tensor.dtype if step.kind is Kind.MERGE else None
-        return self._worker._kernels.get(
+        return self._context.kernels.get(
             self._tensor.method, step, kernel_inputs(self._tensor), self._decisions, output
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -25,6 +26,11 @@ base_model: org/base
 models:
 - {model: a, parameters: {weight: 0.5, density: 0.4}}
 - {model: b@main, parameters: {weight: 1}}
+"""
+SLERP = """
+merge_method: slerp
+base_model: b
+parameters: {t: 1}
 """
 
 
@@ -163,8 +169,8 @@ def test_mergekits_shard_sizes_are_explained():
     [("1e-3", 1e-3), ("1E3", 1e3), (".5", 0.5), ("5.", 5.0), ("+2", 2.0), ("-0.0", 0.0), ("7", 7)],
 )
 def test_numbers_are_those_of_yaml_1_2(text, number):
-    (weight,) = resolved(of_weight(f"[{text}, {text}]"), t=0.3).weight if number else (0.0,)
-    assert isinstance(weight, float) and weight == number
+    found = resolved(TIES + f"parameters: {{lambda: {text}}}").lam
+    assert isinstance(found, float) and found == number and math.copysign(1, found) == 1
 
 
 @pytest.mark.parametrize("text", ["'0.5'", "1_000", "1:30", "0x10", "true", "null", "", "one"])
@@ -172,7 +178,7 @@ def test_what_is_no_number(text):
     assert problem(of_weight(text)).startswith("models[0].parameters.weight: must be a number, not")
 
 
-@pytest.mark.parametrize("text", [".inf", "-.INF", ".nan", "1e999", "9" * 400])
+@pytest.mark.parametrize("text", [".inf", "-.INF", ".nan", "1e999"])
 def test_numbers_that_are_refused_by_the_check(text):
     assert "must be a finite number" in problem(of_weight(text))
 
@@ -236,6 +242,7 @@ def test_text_that_is_no_recipe(text, message):
         ("seed: !new 1", "recipe, line 1: has the tag !new"),
         ("seed: !!python/name:os.system", "recipe, line 1: has the tag"),
         ("seed: !!int x", "recipe, line 1: 'x' cannot be used as int"),
+        ("seed: " + "9" * 101, "recipe, line 1: '99"),
         ("seed: " + "9" * 5000, "recipe, line 1: '99"),
         ("? [1]\n: 2", "recipe, line 1: a key must be a word"),
         ('base_model: "a\\0b"', "recipe, line 1: line break or control character"),
@@ -542,16 +549,10 @@ def test_a_gradient_that_is_zero_where_no_tensor_of_the_slice_is():
 
 # --- parameters of a tensor ---------------------------------------------------------------------
 
-LEVELS = {
-    "rule": "rules: [{tensors: '*', parameters: {density: 0.1}}]",
-    "source": "source",
-    "slice": "slice",
-    "top": "top",
-}
 VALUES = {"rule": 0.1, "source": 0.2, "slice": 0.3, "top": 0.4}
 
 
-@pytest.mark.parametrize("given", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=4)))
 @pytest.mark.parametrize("filtered", [False, True])
 def test_precedence(given, filtered):
     """A rule before the model, the slice, the top level and the default; filters fall through."""
@@ -862,58 +863,12 @@ def test_a_text_is_no_path():
 # --- whatever is given --------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
-    [
-        "merge_method",
-        "base_model",
-        "models",
-        "slices",
-        "sources",
-        "parameters",
-        "model",
-        "layer_range",
-        "rules",
-        "tensors",
-        "from",
-        "missing",
-        "drop",
-        "weight",
-        "density",
-        "normalize",
-        "lambda",
-        "trim",
-        "t",
-        "rescale",
-        "int8_mask",
-        "filter",
-        "value",
-        "fisher",
-        "path",
-        "revision",
-        "lora",
-        "dtype",
-        "out_dtype",
-        "tokenizer_source",
-        "seed",
-        "shard_size",
-        "union",
-        "base",
-        "float32",
-        "5GB",
-        "skip",
-        "error",
-        "*",
-        "a",
-        "b",
-        "a+b",
-        "a@b",
-        "ties",
-        "linear",
-        "slerp",
-        "dare_ties",
-        "fisher",
-        "passthrough",
-        "karcher",
-    ]
+    """
+    merge_method base_model models slices sources parameters model layer_range rules tensors from
+    missing drop weight density normalize lambda trim t rescale int8_mask filter value fisher path
+    revision lora dtype out_dtype tokenizer_source seed shard_size union base float32 5GB skip error
+    * a b a+b a@b ties linear slerp dare_ties fisher passthrough karcher
+    """.split()  # noqa: SIM905
 )
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | WORDS

@@ -1,0 +1,260 @@
+"""Arguments in, events out. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from shardmerge import __version__, methods
+from shardmerge.errors import ShardmergeError, UsageError, VerifyError
+from shardmerge.progress import Display, JsonLines, Quiet, Text, size
+
+EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except ShardmergeError as problem:
+        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left (``| head``); there is nobody to tell.
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardmerge",
+        description="Merge model checkpoints, tile by tile, in constant memory.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"shardmerge {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    merge = commands.add_parser("merge", help="merge checkpoints into a new one", epilog=EXIT_CODES)
+    merge.set_defaults(run=_merge)
+    merge.add_argument("recipe", help="YAML recipe (mergekit's vocabulary)")
+    merge.add_argument("out", help="folder of the new checkpoint")
+    _resources(merge)
+    merge.add_argument("--executor", choices=["local"], default="local", help="where tasks run")
+    merge.add_argument(
+        "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
+    )
+    merge.add_argument("--fresh", action="store_true", help="forget an unfinished run at OUT")
+    merge.add_argument("--json", action="store_true", help="progress and result as JSON lines")
+    merge.add_argument("--quiet", action="store_true", help="no progress")
+
+    plan = commands.add_parser("plan", help="say what a merge would do; costs nothing")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("recipe", help="YAML recipe")
+    plan.add_argument("out", nargs="?", default="OUT", help="folder of the new checkpoint")
+    _resources(plan)
+    plan.add_argument("--json", action="store_true", help="as one JSON object")
+
+    verify = commands.add_parser("verify", help="check a published checkpoint, every byte")
+    verify.set_defaults(run=_verify)
+    verify.add_argument("checkpoint", help="its folder")
+    verify.add_argument("--json", action="store_true", help="as one JSON object")
+
+    inspect = commands.add_parser("inspect", help="list tensors, dtypes, shapes, sizes")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("checkpoint", help="folder or .safetensors file")
+    inspect.add_argument("--json", action="store_true", help="as JSON lines")
+
+    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor")
+    diff.set_defaults(run=_diff)
+    diff.add_argument("a", help="a checkpoint")
+    diff.add_argument("b", help="another")
+    diff.add_argument("--json", action="store_true", help="as JSON lines")
+
+    listing = commands.add_parser("methods", help="list merge methods")
+    listing.set_defaults(run=_methods)
+    listing.add_argument("--json", action="store_true", help="as JSON lines")
+
+    explain = commands.add_parser("explain", help="the page of one merge method")
+    explain.set_defaults(run=_explain)
+    explain.add_argument("method", help="its name")
+    return parser
+
+
+def _resources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        default=_bytes("4GiB"),
+        metavar="SIZE",
+        help="most anonymous memory of the process (default 4GiB)",
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="kernels at a time (default: every CPU)"
+    )
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
+_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write 4GiB, 512MiB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; write 1 or more")
+    return int(text)
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from shardmerge.merge import merge
+
+    display: Display = Text()
+    if options.json or options.quiet:
+        display = JsonLines() if options.json else Quiet()
+    with _stoppable() as stop:
+        try:
+            published = merge(
+                options.recipe,
+                options.out,
+                executor=options.executor,
+                memory_bytes=options.memory,
+                threads=options.threads,
+                overwrite=options.overwrite,
+                fresh=options.fresh,
+                progress=display,
+                stop=stop,
+            )
+        finally:
+            display.close()
+    if options.json:
+        print(json.dumps(dataclasses.asdict(published)))
+        return 0
+    for note in published.notes:
+        print(f"note: {note}", file=sys.stderr)
+    done = "was already merged" if published.already else "merged"
+    print(
+        f"{published.out}: {done}; {published.tensors} tensors, {size(published.nbytes)} in "
+        f"{len(published.shards)} shard{'s' * (len(published.shards) != 1)}"
+    )
+    return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """An event that Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+        print("\nstopping; again to stop at once", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from shardmerge.describe import describe_plan, plan_text
+    from shardmerge.merge import prepare
+
+    plan, _ = prepare(
+        options.recipe, options.out, memory_bytes=options.memory, threads=options.threads
+    )
+    facts = describe_plan(plan)
+    print(json.dumps(facts) if options.json else plan_text(facts))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from shardmerge.verify import verify
+
+    report = verify(options.checkpoint)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    if report.problems:
+        raise VerifyError(
+            f"{options.checkpoint}: {len(report.problems)} problems\n"
+            + "\n".join(f"  {problem}" for problem in report.problems)
+        )
+    if not options.json:
+        checked = "every checksum" if report.checksums else "structure only: no provenance record"
+        print(
+            f"{options.checkpoint}: good ({checked}); {report.tensors} tensors, "
+            f"{size(report.bytes)} in {report.shards} shards"
+        )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from shardmerge.describe import describe_checkpoint, describe_tensor
+    from shardmerge.sources import open_checkpoint
+
+    checkpoint = open_checkpoint(options.checkpoint)
+    for tensor in checkpoint.tensors.values():
+        facts = describe_tensor(checkpoint, tensor)
+        if options.json:
+            print(json.dumps(facts))
+        else:
+            shape = "x".join(map(str, tensor.shape)) or "scalar"
+            print(f"{tensor.name}  {facts['dtype']}  {shape}  {size(tensor.nbytes)}")
+    if not options.json:
+        print(describe_checkpoint(checkpoint))
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from shardmerge.diff import diff
+
+    for found in diff(options.a, options.b):
+        if options.json:
+            print(json.dumps(dataclasses.asdict(found)))
+        else:
+            print(found.line())
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    for name in methods.names():
+        info = methods.get(name)
+        title = info.page.splitlines()[0]
+        if options.json:
+            known = [parameter.key for parameter in info.parameters]
+            print(json.dumps({"method": name, "title": title, "parameters": known}))
+        else:
+            print(f"{name:<16} {title}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from shardmerge.describe import method_page
+
+    print(method_page(methods.get(options.method)))
+    return 0
+
+
+__all__ = ["UsageError", "main"]
