@@ -196,14 +196,18 @@ def is_vocabulary(name: str) -> bool:
 # --- tied embeddings ----------------------------------------------------------------------------
 
 # Endings are looked at first: most names have none of them, and patterns are slow to search.
-_OUTPUT_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight", "proj_out.weight")
-_OUTPUT_ENDINGS += ("lm_head.decoder.weight", "predictions.decoder.weight")
+_OUTPUT_ENDINGS = tuple(
+    f"{ending}.weight"
+    for ending in ("lm_head", "embed_out", "output", "proj_out", "lm_head.decoder", "s.decoder")
+)
 _OUTPUT_EMBEDDING = re.compile(
     r"(^|\.)(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.weight$"
     r"|^(language_model\.)?output\.weight$|^proj_out\.weight$"
 )
-_INPUT_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight")
-_INPUT_ENDINGS += ("tokens_embed.weight", "shared.weight")
+_INPUT_ENDINGS = tuple(
+    f"{ending}.weight"
+    for ending in ("embed_tokens", "wte", "embed_in", "embeddings", "tokens_embed", "shared")
+)
 _INPUT_EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|tokens_embed"
     r"|backbone\.embeddings)\.weight$"

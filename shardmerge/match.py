@@ -97,7 +97,8 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
         parts, layers = layered_parts(recipe, sources, views, donor, findings)
     else:
         parts = plain_part(recipe, sources, views, donor, findings)
-    findings.check()
+    universe = [name for part in parts for name in part.names]
+    findings.check(universe)
     chooser = Chooser(recipe, sources, views, findings)
     fitter = _Fitter(recipe, sources, donor, findings)
     tensors: dict[str, OutputTensor] = {}
@@ -107,11 +108,11 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
             found = None if inputs is None else fitter.output(part, name, inputs)
             if found is not None:
                 tensors[name] = found
-    chooser.check_patterns([name for part in parts for name in part.names])
+    chooser.check_patterns(universe)
     for head in tied.keys() & tensors.keys():
         text = f"tied to the token embedding in {mismatch.models(tied[head])}; stored in the output"
         findings.note(text, head)
-    findings.check()
+    findings.check(universe)
     stored = sources[donor].tensors
     return Outputs(
         tensors=tuple(tensors.values()),
@@ -141,7 +142,7 @@ class _Fitter:
         self._findings = findings
         self._written = recipe.out_dtype or recipe.dtype
         self._filters = _filters(recipe)
-        self._methods: dict[object, Method | None] = {}
+        self._methods: dict[object, tuple[Method | None, tuple[str, ...]]] = {}
         self._groups: dict[tuple[int, tuple[int, ...]], int] = {}
         self._copy = methods.get("passthrough").cls(scale=(1.0,))
 
@@ -209,17 +210,20 @@ class _Fitter:
         t = part.depths.get(name, 0.0)
         hits = tuple([text for text in self._filters if text in name])
         key = (part.slice, t, inputs.positions, inputs.rules, hits)
-        if key not in self._methods:
-            self._methods[key] = None
+        found = self._methods.get(key)
+        if found is None:
             recipe_slice = self._recipe.slices[part.slice]
             try:
-                self._methods[key] = method_for(
-                    self._recipe, recipe_slice, name, t, models=inputs.positions
-                )
+                method = method_for(self._recipe, recipe_slice, name, t, models=inputs.positions)
+                found = method, ()
             except RecipeError as error:
-                for problem in error.problems:
-                    self._findings.problem(mismatch.Plain(problem))
-        return self._methods[key]
+                # The name is told once, with those of all other tensors of the same problem.
+                texts = (text.removesuffix(f" (for {name})") for text in error.problems)
+                found = None, tuple(texts)
+            self._methods[key] = found
+        for text in found[1]:
+            self._findings.problem(mismatch.Parameters(text), name)
+        return found[0]
 
     def _extras(
         self, part: Part, name: str, inputs: Inputs

@@ -36,6 +36,7 @@ from shardmerge.publish import (
     shard_checksums,
 )
 from shardmerge.recipe import ModelName, Recipe
+from shardmerge.recipe_yaml import read_yaml
 from shardmerge.shards import STAGING, ShardWriter, opened, staged, write_failed
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
@@ -149,8 +150,9 @@ def available_cpus() -> int:
 
 def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
     """What the bytes of the output depend on. Permissions and resources are not among it."""
-    settings = yaml.safe_load(recipe.text)
-    settings.pop("allow_non_finite", None)
+    settings = read_yaml(recipe.text, "recipe").value
+    assert isinstance(settings, dict)
+    settings = {key: value for key, value in settings.items() if key != "allow_non_finite"}
     identity = {
         "recipe": yaml.safe_dump(settings, sort_keys=True),
         "shardmerge": __version__,

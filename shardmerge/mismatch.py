@@ -6,29 +6,80 @@ which ends in something that can be pasted into the recipe.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import json
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from shardmerge.errors import PlanError
+from shardmerge.layers import place_of
 from shardmerge.recipe import ModelName
 
 MOST_LISTED = 10
 """Tensors that a message lists, of those that have their own details."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors that have one problem.
+
+    Args:
+        names: in output order.
+        details: one text for each; empty texts where the kind of problem says it all.
+        universe: names of all tensors that the output could have.
+    """
+
+    names: Sequence[str]
+    details: Sequence[str]
+    universe: Sequence[str]
+
+    @property
+    def count(self) -> str:
+        """The number of tensors, in words."""
+        return "1 tensor" if len(self.names) == 1 else f"{len(self.names):,} tensors"
+
+    @property
+    def are(self) -> str:
+        """The verb that goes with the number."""
+        return "is" if len(self.names) == 1 else "are"
+
+    @property
+    def them(self) -> str:
+        """The pronoun that goes with the number."""
+        return "it" if len(self.names) == 1 else "them"
+
+    @property
+    def few(self) -> str:
+        """The first names."""
+        return few(self.names)
+
+    @property
+    def listing(self) -> str:
+        """The first details, one on a line, and the number of the others."""
+        lines = [f"  {detail}" for detail in self.details[:MOST_LISTED]]
+        if len(self.details) > MOST_LISTED:
+            lines.append(f"  and {len(self.details) - MOST_LISTED:,} more")
+        return "\n".join(lines)
+
+    def rule(self, action: str) -> str:
+        """A rule for these tensors and no others, as a recipe has it."""
+        found = islice(_globs(self.names, self.universe), MOST_LISTED + 1)
+        globs = [json.dumps(pattern, ensure_ascii=False) for pattern in found]
+        if len(globs) > MOST_LISTED:
+            globs[MOST_LISTED:] = ["..."]
+        listed = globs[0] if len(globs) == 1 else f"[{', '.join(globs)}]"
+        return f"rules: [{{tensors: {listed}, {action}}}]"
+
+
 class Problem(Hashable, Protocol):
     """A kind of problem that several tensors can have."""
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
-        """What is wrong with these tensors and what to do.
-
-        Args:
-            names: of all tensors with this problem, in output order.
-            details: one text for each; empty texts where the kind says it all.
-        """
+    def message(self, found: Found) -> str:
+        """What is wrong with these tensors and what to do."""
         ...
 
 
@@ -54,52 +105,35 @@ class Findings:
         """All notes, each with its tensors."""
         return tuple(f"{few(names)}: {text}" for text, names in self.notes.items())
 
-    def check(self) -> None:
+    def check(self, universe: Sequence[str]) -> None:
         """Raise all problems as one.
 
+        Args:
+            universe: names of all tensors that the output could have.
         Raises:
-            PlanError: if there is any.
+            PlanError: if there is any problem.
         """
-        if self.problems:
-            messages = [
-                kind.message([name for name, _ in found], [detail for _, detail in found])
-                for kind, found in self.problems.items()
-            ]
+        messages = []
+        for kind, tensors in self.problems.items():
+            names, details = zip(*tensors, strict=True)
+            messages.append(kind.message(Found(names, details, universe)))
+        if messages:
             raise PlanError("\n".join(messages))
 
 
 # --- words --------------------------------------------------------------------------------------
 
 
-def few(names: Iterable[str], count: int = 3) -> str:
+def few(names: Sequence[str], count: int = 3) -> str:
     """The first ``count`` names and the number of the others."""
-    listed = list(names)
-    others = f" and {len(listed) - count:,} more" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + others
+    others = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + others
 
 
-def listing(details: Sequence[str]) -> str:
-    """The first details, one on a line, and the number of the others."""
-    lines = [f"  {detail}" for detail in details[:MOST_LISTED]]
-    if len(details) > MOST_LISTED:
-        lines.append(f"  and {len(details) - MOST_LISTED:,} more")
-    return "\n".join(lines)
-
-
-def tensors(count: int) -> str:
-    """The number of tensors, in words."""
-    return "1 tensor" if count == 1 else f"{count:,} tensors"
-
-
-def be(count: int) -> str:
-    """is or are."""
-    return "is" if count == 1 else "are"
-
-
-def models(names: Iterable[ModelName], link: str = "and") -> str:
+def models(names: Iterable[ModelName]) -> str:
     """Models, in a sentence."""
     told = list(dict.fromkeys(str(name) for name in names))
-    return f" {link} ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
+    return " and ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
 
 
 def by_value(values: Sequence[tuple[ModelName, str]]) -> str:
@@ -110,28 +144,34 @@ def by_value(values: Sequence[tuple[ModelName, str]]) -> str:
     return "; ".join(f"{value} in {models(held)}" for value, held in holders.items())
 
 
-def rule(names: Sequence[str], action: str) -> str:
-    """A rule for these tensors, as a recipe has it; numbers become ``*`` where they differ."""
-    shapes = Counter(_starred(name) for name in names)
-    globs = dict.fromkeys(
-        shape if shapes[shape] > 1 else name
-        for name, shape in ((name, _starred(name)) for name in names)
-    )
-    shown = [f'"{glob}"' for glob in list(globs)[:MOST_LISTED]]
-    if len(globs) > MOST_LISTED:
-        shown.append("...")
-    globs_text = shown[0] if len(shown) == 1 else f"[{', '.join(shown)}]"
-    return f"rules: [{{tensors: {globs_text}, {action}}}]"
-
-
 def take_from(model: ModelName) -> str:
     """The ``from`` of a rule."""
     text = str(model)
     return f"from: {text}" if re.fullmatch(r"[\w./@:+~-]*[\w/]", text) else f'from: "{text}"'
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+def _globs(names: Sequence[str], universe: Sequence[str]) -> Iterator[str]:
+    """Patterns that together match all of ``names`` and nothing else, few if easily found."""
+    wanted, done = set(names), set[str]()
+    for name in dict.fromkeys(names):
+        if name in done:
+            continue
+        pattern, matched = glob.escape(name), {name}
+        for wider in _wider(name):
+            reached = set(filter(re.compile(fnmatch.translate(wider)).match, universe))
+            if len(reached) > 1 and reached <= wanted:
+                pattern, matched = wider, reached
+                break
+        done |= matched
+        yield pattern
+
+
+def _wider(name: str) -> Iterator[str]:
+    """Patterns for a tensor and its like: in all layers, and all of its layer."""
+    yield re.sub(r"\d+", "*", glob.escape(name))
+    place = place_of(name)
+    if place is not None:
+        yield f"{glob.escape(place.prefix)}{place.layer}.*"
 
 
 # --- problems of tensors ------------------------------------------------------------------------
@@ -159,13 +199,18 @@ class Missing:
     least: int
     asked: str
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """Where they are, where not, and the rules that solve it."""
-        count = len(names)
-        first = f"{tensors(count)} {be(count)} not in every input: {few(names)}."
-        where = f"{models(self.held)} {'have' if self.held[1:] else 'has'} {_them(count)}, "
-        where += f"{models(self.lacking)} {'do' if self.lacking[1:] else 'does'} not"
-        return "\n".join([first, f"  {where}.{self._impossible()}", *self._options(names)])
+        have, do = ("have" if self.held[1:] else "has"), ("do" if self.lacking[1:] else "does")
+        (action, meaning), *others = self._options()
+        lines = [
+            f"{found.count} {found.are} not in every input: {found.few}.",
+            f"  {models(self.held)} {have} {found.them}, {models(self.lacking)} {do} not."
+            f"{self._impossible()}",
+            f"  Say what to do: {found.rule(action)}  ({meaning})",
+            *(f"    or, in place of '{action}': {other}  ({why})" for other, why in others),
+        ]
+        return "\n".join(lines)
 
     def _impossible(self) -> str:
         if self.asked == "error":
@@ -176,8 +221,8 @@ class Missing:
             return " 'missing: base' needs a base model that has the tensor."
         return f" 'missing: skip' leaves {self.present} of at least {self.least} models."
 
-    def _options(self, names: Sequence[str]) -> list[str]:
-        """One line for each thing that can be done; the first as a whole rule."""
+    def _options(self) -> list[tuple[str, str]]:
+        """What can be done, and what that means."""
         lacking = models(self.lacking)
         options = []
         if self.base is not None:
@@ -186,15 +231,7 @@ class Missing:
             options.append(("missing: skip", f"merged without {lacking}"))
         options.append((take_from(self.held[0]), "copied from there"))
         options.append(("drop: true", "left out of the output"))
-        (action, meaning), *others = options
-        return [
-            f"  Say what to do: {rule(names, action)}  ({meaning})",
-            *(f"    or, in place of '{action}': {other}  ({why})" for other, why in others),
-        ]
-
-
-def _them(count: int) -> str:
-    return "it" if count == 1 else "them"
+        return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +240,12 @@ class Vocabulary:
 
     keep: ModelName
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The shapes, and the rule that keeps one model's vocabulary."""
-        solution = rule(list(dict.fromkeys(names)), take_from(self.keep))
         return (
-            f"The vocabulary sizes differ, so {tensors(len(names))} cannot be merged:\n"
-            f"{listing(details)}\n"
-            f"  Keep the vocabulary of one model, and its tokenizer: {solution}"
+            f"The vocabulary sizes differ, so {found.count} cannot be merged:\n{found.listing}\n"
+            f"  Keep one model's vocabulary: {found.rule(take_from(self.keep))}\n"
+            f"  and its tokenizer: tokenizer_source: {self.keep}"
         )
 
 
@@ -219,13 +255,12 @@ class Shapes:
 
     keep: ModelName
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
-        """The shapes."""
-        count = len(names)
+    def message(self, found: Found) -> str:
+        """The shapes, and how to go on without merging these tensors."""
         return (
-            f"{tensors(count)} {be(count)} of different shapes in the models:\n{listing(details)}\n"
+            f"{found.count} {found.are} of different shapes in the models:\n{found.listing}\n"
             "  Only equal shapes can be merged: check that all are fine-tunes of one base model,\n"
-            f"  or take such tensors from one of them: {rule(names[:1], take_from(self.keep))}"
+            f"  or copy from one of them: {found.rule(take_from(self.keep))}"
         )
 
 
@@ -235,14 +270,12 @@ class Kinds:
 
     keep: ModelName
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
-        """The dtypes."""
-        count = len(names)
+    def message(self, found: Found) -> str:
+        """The dtypes, and how to go on without merging these tensors."""
         return (
-            f"{tensors(count)} {be(count)} stored as different kinds of numbers:\n"
-            f"{listing(details)}\n"
-            "  Only floating-point tensors are merged; others must be equal. Take them from one "
-            f"model: {rule(names, take_from(self.keep))}"
+            f"{found.count} {found.are} stored as different kinds of numbers:\n{found.listing}\n"
+            "  Only floating-point tensors are merged; others must be equal.\n"
+            f"  Copy from one model: {found.rule(take_from(self.keep))}"
         )
 
 
@@ -252,11 +285,10 @@ class Fp8:
 
     stored_by: tuple[ModelName, ...]
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The tensors and the line that solves it."""
-        what = f"{tensors(len(names))} of {models(self.stored_by)} {be(len(names))}"
         return (
-            f"{what} stored as fp8: {few(names)}.\n"
+            f"{found.count} of {models(self.stored_by)} {found.are} stored as fp8: {found.few}.\n"
             "  Merged values do not fit fp8, so the recipe must say what to write: add "
             "`dtype: bfloat16`."
         )
@@ -271,13 +303,11 @@ class TakeFrom:
 
     model: ModelName
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The tensors."""
-        count = len(names)
         return (
-            f"A rule takes {tensors(count)} {take_from(self.model)}, which does not have "
-            f"{_them(count)}: {few(names)}.\n"
-            "  Name another model, or make the pattern narrower."
+            f"A rule takes {found.count} from {self.model}, which does not have {found.them}: "
+            f"{found.few}.\n  Name another model, or make the pattern narrower."
         )
 
 
@@ -288,11 +318,11 @@ class NotInSlice:
     model: ModelName
     where: str
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The tensors and the slice."""
         return (
-            f"A rule takes {tensors(len(names))} {take_from(self.model)}, which is not a source of "
-            f"{self.where}: {few(names)}.\n"
+            f"A rule takes {found.count} from {self.model}, which is not a source of "
+            f"{self.where}: {found.few}.\n"
             "  Which of its layers are meant is then not known. Name one of the slice's sources."
         )
 
@@ -305,13 +335,24 @@ class Unmatched:
     pattern: str
     near: str | None
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The pattern, and the name that is nearest to it."""
         hint = f" Did you mean '{self.near}'?" if self.near else ""
         return (
             f"{self.where}: '{self.pattern}' matches no tensor of the output.{hint}\n"
             "  Patterns are compared with whole names; * stands for any characters."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Parameters that do not make a method for some tensors: none given, or unusable together."""
+
+    text: str
+
+    def message(self, found: Found) -> str:
+        """What is wrong, and where."""
+        return f"{self.text} (for {found.few})"
 
 
 # --- problems of extras -------------------------------------------------------------------------
@@ -324,10 +365,10 @@ class ExtraUnnamed:
     kind: str
     where: str
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The key to add."""
         return (
-            f"{self.where}: {self.kind} is needed to merge {few(names)}.\n"
+            f"{self.where}: {self.kind} is needed to merge {found.few}.\n"
             f"  Give the checkpoint that holds it: `{self.kind}: <path>` beside `model:`."
         )
 
@@ -340,13 +381,14 @@ class ExtraUnfit:
     extra: ModelName
     model: ModelName
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The tensors and how they differ."""
         return (
-            f"{self.extra}, the {self.kind} of {self.model}, does not fit it in "
-            f"{tensors(len(names))}:\n{listing(details)}\n"
+            f"{self.extra}, the {self.kind} of {self.model}, does not fit it in {found.count}:\n"
+            f"{found.listing}\n"
             "  It must hold a floating-point tensor of the same name and shape for every tensor\n"
-            f"  that is merged. Estimate it again from {self.model}, or copy by a rule (`from:`)."
+            f"  that is merged. Estimate it again from {self.model}, or copy {found.them}: "
+            f"{found.rule(take_from(self.model))}"
         )
 
 
@@ -359,7 +401,7 @@ class Plain:
 
     text: str
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The text."""
         return self.text
 
@@ -371,11 +413,11 @@ class Deeper:
     donor: ModelName
     layers: int
 
-    def message(self, names: Sequence[str], details: Sequence[str]) -> str:
+    def message(self, found: Found) -> str:
         """The numbers, and the two ways out."""
         return (
-            f"The output would have {tensors(len(names))} of layers beyond the {self.layers} of "
-            f"{self.donor}, whose config.json is used: {few(names)}.\n"
-            f"  Leave them out ({rule(names, 'drop: true')}),\n"
+            f"{found.count} {found.are} of layers that {self.donor} does not have: {found.few}.\n"
+            f"  Its config.json is used for the output, and it has {self.layers} layers.\n"
+            f"  Leave out what is beyond: {found.rule('drop: true')}\n"
             "  or say with `slices` which layers are merged."
         )

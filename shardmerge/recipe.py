@@ -118,12 +118,7 @@ class Recipe:
         scope = _scope(fields, root)
         slices = read_slices(fields, root, scope)
         top = read_parameters(fields.get("parameters"), scope.infos, scope.notes)
-        models = [
-            source.model for part in slices for source in (*part.sources, part.base) if source
-        ]
-        rules = read_rules(
-            fields.get("rules"), scope, [*([scope.base] if scope.base else []), *models]
-        )
+        rules = read_rules(fields.get("rules"), scope)
         check_required(slices, top, rules, root, scope)
         recipe = cls(
             text=text,
@@ -180,12 +175,14 @@ def _scope(fields: Mapping[str, Node], root: Node) -> Scope:
     if "merge_method" not in fields and isinstance(root.value, dict):
         root.wrong(f"needs 'merge_method' ({', '.join(sorted(METHODS))})")
     info = optional(fields, "merge_method", read_method)
+    base = optional(fields, "base_model", read_model)
     rules = fields.get("rules")
     return Scope(
         info=info,
         others=tuple(other for other in methods_of_rules(rules) if other is not info),
-        base=optional(fields, "base_model", read_model),
+        base=base,
         missing_base=counts_on_base(rules),
+        models=[base] if "base_model" in fields else [],
     )
 
 

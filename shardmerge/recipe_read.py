@@ -27,6 +27,7 @@ class Scope:
         base: the base model.
         missing_base: whether a rule counts on the base model for missing tensors.
         notes: what was accepted and has no effect; added to.
+        models: all models that were read, None for one that was refused; added to.
     """
 
     info: MethodInfo | None
@@ -34,6 +35,7 @@ class Scope:
     base: ModelName | None
     missing_base: bool
     notes: list[str] = field(default_factory=list)
+    models: list[ModelName | None] = field(default_factory=list)
 
     @property
     def infos(self) -> tuple[MethodInfo, ...]:
@@ -72,6 +74,7 @@ def _read_slice(node: Node, scope: Scope) -> Slice | None:
     instead = elsewhere() | {"residual_weight": "has no effect in mergekit either; remove it"}
     fields = node.fields(("sources", "base_model", "parameters"), instead)
     own_base = optional(fields, "base_model", read_model)
+    scope.models.extend([own_base] if "base_model" in fields else [])
     parameters = read_parameters(fields.get("parameters"), scope.infos, scope.notes)
     if "sources" not in fields:
         node.wrong("needs 'sources'")
@@ -87,6 +90,7 @@ def _read_slice(node: Node, scope: Scope) -> Slice | None:
 
 def _read_source(node: Node, scope: Scope, *, layered: bool) -> Source | None:
     if isinstance(node.value, str):
+        scope.models.append(None)
         node.wrong(f"must be a mapping; write model: {clipped(node.value)}")
         return None
     kinds = sorted({kind for info in scope.infos for kind in info.extras})
@@ -99,6 +103,7 @@ def _read_source(node: Node, scope: Scope, *, layered: bool) -> Source | None:
     layer_key = ("layer_range",) if layered else ()
     fields = node.fields(("model", "parameters", *layer_key, *kinds), instead)
     model = optional(fields, "model", read_model)
+    scope.models.append(model)
     layers = optional(fields, "layer_range", _read_layers)
     extras = {kind: optional(fields, kind, read_model) for kind in kinds}
     parameters = read_parameters(fields.get("parameters"), scope.infos, scope.notes, of_model=True)
@@ -224,13 +229,12 @@ def counts_on_base(node: Node | None) -> bool:
     return any(isinstance(rule, dict) and rule.get("missing") == "base" for rule in rules)
 
 
-def read_rules(node: Node | None, scope: Scope, models: Iterable[ModelName]) -> tuple[Rule, ...]:
-    """Rules; ``models`` are those that ``from`` may name."""
-    known = tuple(dict.fromkeys(models))
-    return tuple(_read_rule(entry, scope, known) for entry in (node.entries() if node else ()))
+def read_rules(node: Node | None, scope: Scope) -> tuple[Rule, ...]:
+    """Rules; after the models, which ``from`` names."""
+    return tuple(_read_rule(entry, scope) for entry in (node.entries() if node else ()))
 
 
-def _read_rule(node: Node, scope: Scope, models: tuple[ModelName, ...]) -> Rule:
+def _read_rule(node: Node, scope: Scope) -> Rule:
     fields = node.fields(RULE_KEYS, elsewhere())
     info = optional(fields, "merge_method", read_method)
     of_rule = (info or scope.info,) if "merge_method" not in fields or info else ()
@@ -239,7 +243,7 @@ def _read_rule(node: Node, scope: Scope, models: tuple[ModelName, ...]) -> Rule:
         tensors=_read_globs(fields["tensors"]) if "tensors" in fields else (),
         merge_method=info.name if info else None,
         parameters=read_parameters(fields.get("parameters"), infos, scope.notes),
-        take_from=optional(fields, "from", lambda item: _read_from(item, models)),
+        take_from=optional(fields, "from", lambda item: _read_from(item, scope)),
         missing=optional(fields, "missing", _read_missing),
         drop=optional(fields, "drop", Node.flag) or False,
         where=node.where,
@@ -271,10 +275,10 @@ def _read_globs(node: Node) -> tuple[str, ...]:
     return tuple(glob for entry in node.entries() if (glob := entry.text()))
 
 
-def _read_from(node: Node, models: tuple[ModelName, ...]) -> ModelName | None:
+def _read_from(node: Node, scope: Scope) -> ModelName | None:
     model = read_model(node)
-    if model and model not in models:
-        names = [str(name) for name in models]
+    if model and model not in scope.models and None not in scope.models:
+        names = dict.fromkeys(map(str, scope.models))
         node.wrong(unknown("model", str(model), names, has="the recipe has"))
     return model
 

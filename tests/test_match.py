@@ -390,19 +390,15 @@ def test_only_in_the_base() -> None:
     assert found.notes == ("extra.weight: only in base; copied from it",)
 
 
-@pytest.mark.parametrize("recipe", [TASK, "base_model: base\n" + LINEAR])
-def test_only_in_one_model(recipe: str) -> None:
-    recipe = (
-        recipe.replace("models:", "models:\n- {model: base, parameters: {weight: 1}}")
-        if ("linear" in recipe)
-        else recipe
-    )
-    found = outputs(
-        recipe, checkpoint("base", llama()), checkpoint("a", llama()), checkpoint("b", PLUS)
-    )
-    assert urls(by_name(found)["extra.weight"]) == ["b"]
-    assert found.notes == ("extra.weight: only in b; copied from it",)
-    assert found.shard_of[-1] == 0
+def test_only_in_one_model() -> None:
+    text = LINEAR.replace("models:", "models:\n- {model: base, parameters: {weight: 1}}")
+    for recipe in (TASK, text, f"base_model: base\n{text}"):
+        found = outputs(
+            recipe, checkpoint("base", llama()), checkpoint("a", llama()), checkpoint("b", PLUS)
+        )
+        assert urls(by_name(found)["extra.weight"]) == ["b"]
+        assert found.notes == ("extra.weight: only in b; copied from it",)
+        assert found.shard_of[-1] == 0
 
 
 def test_many_notes_are_one() -> None:
@@ -416,13 +412,13 @@ def test_in_some_models() -> None:
     text = problem(TASK, checkpoint("base", PLUS), checkpoint("a", llama()), checkpoint("b", PLUS))
     assert text == (
         "1 tensor is not in every input: extra.weight.\n"
-        "  base and b have it, a does not.\n"
+        "  b and base have it, a does not.\n"
         '  Say what to do: rules: [{tensors: "extra.weight", missing: base}]'
         "  (a as if equal to base)\n"
         "    or, in place of 'missing: base': missing: skip  (merged without a)\n"
         "    or, in place of 'missing: base': from: b  (copied from there)\n"
         "    or, in place of 'missing: base': drop: true  (left out of the output)"
-    ).replace("base and b", "b and base")
+    )
 
 
 def test_in_models_but_not_in_the_base() -> None:
@@ -462,6 +458,27 @@ def test_rules_for_missing_tensors(action: str) -> None:
     assert tensor.group == (0 if action == "missing: base" else 1)
 
 
+def test_the_rule_printed_is_for_these_tensors_only() -> None:
+    text = problem(
+        TASK,
+        checkpoint("base", llama(40), {}),
+        checkpoint("a", llama(38), {}),
+        checkpoint("b", {name: s for name, s in llama(40).items() if "q_proj" not in name}, {}),
+    )
+    globs = [re.findall('"(.*?)"', line) for line in text.splitlines() if "rules: " in line]
+    assert globs == [
+        [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(10)],
+        ["model.layers.38.mlp.up_proj.weight", "model.layers.39.mlp.up_proj.weight"],
+    ]
+    text = problem(
+        TASK,
+        checkpoint("base", llama(40), {}),
+        checkpoint("a", llama(38), {}),
+        checkpoint("b", llama(40), {}),
+    )
+    assert '{tensors: ["model.layers.38.*", "model.layers.39.*"], missing: base}' in text
+
+
 def test_skipping_leaves_too_few_models() -> None:
     text = "merge_method: slerp\nbase_model: base\nparameters: {t: 0.5}\nmodels: [{model: a}]\n"
     text += rules("tensors: extra.weight, missing: skip")
@@ -473,7 +490,8 @@ def test_layers_the_config_does_not_know() -> None:
     text = problem(
         LINEAR, checkpoint("a", llama(2)), checkpoint("b", llama(3), {"num_hidden_layers": 3})
     )
-    assert "2 tensors of layers beyond the 2 of a, whose config.json is used" in text
+    assert "2 tensors are of layers that a does not have" in text
+    assert 'rules: [{tensors: "model.layers.2.*", drop: true}]' in text
     dropped = LINEAR + rules("tensors: 'model.layers.2.*', drop: true")
     found = outputs(dropped, checkpoint("a", llama(2)), checkpoint("b", llama(3)))
     assert len(found.tensors) == len(llama(2))
@@ -573,8 +591,9 @@ def test_vocabulary_sizes() -> None:
         "The vocabulary sizes differ, so 2 tensors cannot be merged:\n"
         "  model.embed_tokens.weight: [16, 4] in base and b; [18, 4] in a\n"
         "  lm_head.weight: [16, 4] in base and b; [18, 4] in a\n"
-        "  Keep the vocabulary of one model, and its tokenizer: "
-        'rules: [{tensors: ["model.embed_tokens.weight", "lm_head.weight"], from: base}]'
+        "  Keep one model's vocabulary: "
+        'rules: [{tensors: ["model.embed_tokens.weight", "lm_head.weight"], from: base}]\n'
+        "  and its tokenizer: tokenizer_source: base"
     )
 
 
@@ -677,9 +696,7 @@ def test_a_pattern_that_matches_nothing() -> None:
         checkpoint("a", llama()),
         checkpoint("b", llama()),
     )
-    assert text.startswith(
-        "rules[0].tensors[0]: 'model.layer.0.*' matches no tensor"
-    ) or text.startswith("rules[0]: 'model.layer.0.*' matches no tensor of the output.")
+    assert text.startswith("rules[0]: 'model.layer.0.*' matches no tensor of the output.")
     assert "lm_head" not in text
     text = problem(
         LINEAR + rules("tensors: model.embed_token.weight, from: a"),
@@ -695,7 +712,7 @@ def test_taken_from_a_model_without_it() -> None:
         checkpoint("a", llama()),
         checkpoint("b", PLUS),
     )
-    assert "A rule takes 1 tensor from: a, which does not have it: extra.weight" in text
+    assert "A rule takes 1 tensor from a, which does not have it: extra.weight" in text
 
 
 def test_taken_from_another_slice() -> None:
@@ -718,6 +735,18 @@ def test_parameters_that_cannot_work() -> None:
     found = problem(text, checkpoint("a", PLUS), checkpoint("b", PLUS), checkpoint("c", llama()))
     assert "sum to 0" in found
     assert "extra.weight" in found
+
+
+def test_parameters_that_nothing_gives() -> None:
+    text = "merge_method: linear\nparameters: {weight: [{filter: mlp, value: [1, 2]}]}\n"
+    text += "models: [{model: a}, {model: b}]\n"
+    found = problem(text, checkpoint("a", llama()), checkpoint("b", llama()))
+    assert "no 'weight'" in found
+    assert found.count("\n") == 0
+    assert found.endswith(
+        f"(for {EMBED}, model.layers.0.self_attn.q_proj.weight, "
+        "model.layers.1.self_attn.q_proj.weight and 2 more)"
+    )
 
 
 # --- extras ---------------------------------------------------------------------------------------

@@ -381,6 +381,12 @@ def test_a_shared_parameter_of_one_model():
     )
 
 
+def test_a_refused_model_is_the_only_problem():
+    models = [{"model": "a+b"}, {"model": "c"}]
+    rules = [{"tensors": "x", "from": "a"}]
+    assert problem(recipe(models=models, rules=rules)).startswith("models[0].model: '+b' reads")
+
+
 def test_a_misspelt_parameter_is_not_missing_as_well():
     models = [{"model": "a", "parameters": {"wieght": 1}}]
     assert problem(recipe(models=models)).endswith("Did you mean 'weight'?")

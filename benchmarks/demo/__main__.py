@@ -142,7 +142,7 @@ def _print_table(demo: Demo) -> None:
     print(table(demo.rows))
     total = sum(len(task.test) for task in demo.tasks)
     print(
-        f"\nAccuracy in percent on held-out texts ({total} in all). relative: mean over the tasks of"
+        f"\nAccuracy in percent on {total} held-out texts. relative: the mean over the tasks of"
         "\naccuracy / accuracy of the task's own fine-tune."
     )
     print("Seconds: " + ", ".join(f"{what} {s:.0f}" for what, s in demo.seconds.items()))

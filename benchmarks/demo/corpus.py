@@ -1,7 +1,7 @@
 """Text that every machine with Python has: the standard library's own sources, cut into snippets.
 
-Pure standard library: no torch and no network. A snippet remembers the module it comes from and what
-it is, so that the tasks (:mod:`benchmarks.demo.tasks`) only have to choose and label.
+Pure: no torch and no network. A snippet remembers what it is and the module it comes from, so that
+the tasks (:mod:`benchmarks.demo.tasks`) only have to choose and label.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Left out: packages which some distributions ship separately, tables, and what is not the library.
-SKIPPED = frozenset(
-    "test tests idlelib tkinter turtle turtledemo lib2to3 distutils ensurepip encodings pydoc_data"
-    " site-packages dist-packages lib-dynload __pycache__ this antigravity".split()
-)
+#: Left out: what some distributions ship separately or not at all, tables, and other packages.
+_SKIPPED = """
+    test tests idlelib tkinter turtle turtledemo lib2to3 distutils ensurepip encodings pydoc_data
+    site-packages dist-packages lib-dynload __pycache__ this antigravity
+"""
 
 #: The words of a statement which a line can start with, so that the line says which one is missing.
 KEYWORDS = ("if", "while", "for", "with", "return", "raise", "def", "class", "import", "except")
@@ -46,7 +46,7 @@ class Snippet:
 
     @property
     def key(self) -> str:
-        """The text as duplicates are recognised: letters only, so numbers and layout do not count."""
+        """The text as duplicates are recognised: letters only, without numbers and layout."""
         return re.sub(r"[^a-z]+", " ", self.text.lower()).strip()
 
     def draw(self, purpose: str) -> float:
@@ -58,10 +58,11 @@ class Snippet:
 def read_standard_library() -> list[Snippet]:
     """Return every snippet of the running Python's standard library, in the order of file names."""
     root = Path(sysconfig.get_path("stdlib"))
+    skipped = frozenset(_SKIPPED.split())
     snippets: list[Snippet] = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
+        if skipped.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
             continue
         try:
             source = path.read_text(encoding="utf-8")

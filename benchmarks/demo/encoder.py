@@ -20,8 +20,8 @@ _MAX_TOKENS = 32
 _BATCH = 60
 
 torch.set_num_threads(THREADS)
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def packaged_model() -> Path:

@@ -1,4 +1,4 @@
-"""The table: accuracy of every model on every task, and how much of the fine-tunes a merge keeps."""
+"""The table: accuracy of every model on every task, and how much of the fine-tunes it keeps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
 
     def relative(self, single: dict[str, float]) -> float:
         """Return the mean over the tasks of accuracy / accuracy of the task's own fine-tune."""
-        return fmean(value / single[task] for task, value in self.accuracies.items() if single[task])
+        return fmean(self.accuracies[task] / own for task, own in single.items() if own)
 
 
 def own_accuracies(rows: Sequence[Row]) -> dict[str, float]:
@@ -41,16 +41,15 @@ def own_accuracies(rows: Sequence[Row]) -> dict[str, float]:
 def table(rows: Sequence[Row]) -> str:
     """Return the table as text: one line for each row, accuracies in percent."""
     single = own_accuracies(rows)
-    lines = [
-        f"{'':<12}{'model':<17}" + "".join(f"{t:>9}" for t in single) + f"{'mean':>9}{'relative':>10}"
-    ]
+    names = "".join(f"{task:>11}" for task in single)
+    lines = [f"{'':<11}{'model':<16}{names}{'mean':>11}{'relative':>11}"]
     kind = ""
     for row in rows:
         shown = "" if row.kind == kind else row.kind
         kind = row.kind
-        cells = "".join(f"{100 * row.accuracies[task]:9.1f}" for task in single)
-        relative = f"{100 * row.relative(single):9.1f}%"
-        line = f"{shown:<12}{row.model:<17}{cells}{100 * row.mean:9.1f}{relative}  {row.note}"
+        cells = "".join(f"{100 * row.accuracies[task]:11.1f}" for task in single)
+        means = f"{100 * row.mean:11.1f}{100 * row.relative(single):10.1f}%"
+        line = f"{shown:<11}{row.model:<16}{cells}{means}  {row.note}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 

@@ -49,21 +49,33 @@ class Task:
 
 
 _TOPICS = {
-    "networks, sockets and web servers": "http urllib socket socketserver ssl ftplib smtplib imaplib"
-    " poplib nntplib telnetlib xmlrpc wsgiref ipaddress cgi webbrowser",
+    "networks, sockets and web servers": """
+        http urllib socket socketserver ssl ftplib smtplib imaplib poplib nntplib telnetlib xmlrpc
+        wsgiref ipaddress cgi webbrowser
+    """,
     "e-mail messages and mailboxes": "email mailbox mimetypes quopri",
-    "threads, processes and asynchronous tasks": "asyncio multiprocessing threading concurrent queue"
-    " subprocess selectors sched signal asyncore",
-    "unit tests, debugging and profiling": "unittest doctest pdb bdb trace traceback profile cProfile"
-    " pstats timeit tracemalloc cmd logging",
-    "files, folders and archives": "tarfile zipfile shutil pathlib os posixpath ntpath genericpath"
-    " tempfile gzip bz2 lzma glob fnmatch filecmp fileinput _pyio io zipapp",
-    "numbers, statistics, dates and times": "_pydecimal decimal fractions statistics numbers datetime"
-    " _pydatetime calendar random zoneinfo _strptime colorsys",
-    "data formats such as XML, HTML, JSON and CSV": "xml html json csv configparser plistlib tomllib"
-    " pickle pickletools pprint gettext",
-    "the Python language: imports, types, source code": "importlib inspect ast dis typing enum"
-    " dataclasses functools abc types pkgutil symtable tokenize codeop _collections_abc contextlib",
+    "threads, processes and asynchronous tasks": """
+        asyncio multiprocessing threading concurrent queue subprocess selectors sched signal asyncore
+    """,
+    "unit tests, debugging and profiling": """
+        unittest doctest pdb bdb trace traceback profile cProfile pstats timeit tracemalloc cmd
+        logging
+    """,
+    "files, folders and archives": """
+        tarfile zipfile shutil pathlib os posixpath ntpath genericpath tempfile gzip bz2 lzma glob
+        fnmatch filecmp fileinput _pyio io zipapp
+    """,
+    "numbers, statistics, dates and times": """
+        _pydecimal decimal fractions statistics numbers datetime _pydatetime calendar random zoneinfo
+        _strptime colorsys
+    """,
+    "data formats such as XML, HTML, JSON and CSV": """
+        xml html json csv configparser plistlib tomllib pickle pickletools pprint gettext
+    """,
+    "the Python language: imports, types, source code": """
+        importlib inspect ast dis typing enum dataclasses functools abc types pkgutil symtable
+        tokenize codeop _collections_abc contextlib
+    """,
 }
 
 _KEYWORDS = {
@@ -87,14 +99,19 @@ _NAMED = {
 }
 
 _EXCEPTIONS = {
-    "a value that is not allowed": "ValueError StatisticsError OverflowError OptionError IndexError"
-    " KeyError AddressValueError",
+    "a value that is not allowed": """
+        ValueError StatisticsError OverflowError OptionError IndexError KeyError AddressValueError
+    """,
     "an object of the wrong type, or without an attribute": "TypeError AttributeError",
-    "something not possible now, or not supported": "RuntimeError AssertionError URLError"
-    " NotImplementedError UnsupportedOperation NotSupportedErr InvalidStateError",
-    "data, a file or a message that cannot be read": "Error error OSError HeaderParseError ReadError"
-    " EOFError PicklingError UnpicklingError BadZipFile BadGzipFile SyntaxError ParsingError"
-    " CompressionError ExtractError ZipImportError error_proto NetrcParseError UnicodeError",
+    "something not possible now, or not supported": """
+        RuntimeError AssertionError URLError NotImplementedError UnsupportedOperation NotSupportedErr
+        InvalidStateError
+    """,
+    "data, a file or a message that cannot be read": """
+        Error error OSError HeaderParseError ReadError EOFError PicklingError UnpicklingError
+        BadZipFile BadGzipFile SyntaxError ParsingError CompressionError ExtractError ZipImportError
+        error_proto NetrcParseError UnicodeError
+    """,
 }
 
 

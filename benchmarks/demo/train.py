@@ -63,7 +63,7 @@ def fine_tune(
     folder: Path,
     progress: Callable[[int], None],
 ) -> bool:
-    """Fine-tune on ``task`` and save at ``folder``; its Fisher information goes to ``folder/fisher``.
+    """Fine-tune on ``task`` and save at ``folder``, its Fisher information at ``folder/fisher``.
 
     Args:
         base: Folder of the base model.
@@ -76,7 +76,11 @@ def fine_tune(
     Returns:
         Whether there was anything to do.
     """
-    stamp = {"settings": asdict(settings), "data": _digest(task), "torch": torch.__version__}
+    stamp: dict[str, object] = {
+        "settings": asdict(settings),
+        "data": _digest(task),
+        "torch": torch.__version__,
+    }
     if (folder / _STAMP).exists() and json.loads((folder / _STAMP).read_text()) == stamp:
         return False
     torch.manual_seed(settings.seed)
@@ -89,7 +93,8 @@ def fine_tune(
     for step, batch in enumerate(_batches(task, settings)):
         cosines = encoder.embed([example.text for example in batch]) @ head.T
         targets = torch.tensor([example.target for example in batch])
-        functional.cross_entropy(settings.scale * cosines, targets).backward()
+        loss = functional.cross_entropy(settings.scale * cosines, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

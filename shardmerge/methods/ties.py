@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from shardmerge.methods.api import (
     Expr,
     Floats,
     Histograms,
+    Number,
     Over,
     PerModel,
     Tile,
@@ -38,7 +39,7 @@ _LOWER_BITS = 15
 _LOWER_MASK = (1 << _LOWER_BITS) - 1
 
 
-@merge_method("ties", base=Base.REQUIRED, inert=("int8_mask", "rescale"))
+@merge_method("ties", base=Base.REQUIRED, inert=("int8_mask",))
 class Ties:
     """Merge task vectors by trimming, sign election and disjoint mean.
 
@@ -50,17 +51,19 @@ class Ties:
 
     Passes: two measures find the exact magnitude to trim at (counts by the upper 16 bits of
         |delta|, then by the lower bits inside one of those bins), then the merge; with
-        ``trim: model`` a third counts signs. With density 1 there is nothing to measure.
+        ``trim: model`` a third counts signs, with ``rescale`` one sums magnitudes per tensor.
+        With density 1 there is nothing to measure.
     Args:
         weight: of each model, any finite number; required.
         density: share of each task vector's elements that is kept, 0 to 1.
         normalize: divide by the sum of the weights that agree (disjoint mean), else the sum.
+        rescale: restore each tensor's sum of magnitudes after trimming, of each model.
         lambda: scale of the merged task vector.
         trim: ``tensor``: each tensor keeps its share; ``model``: the whole model keeps its share,
             as the authors' code.
     Shapes: elementwise; any shape.
     Raises:
-        RecipeError: for a density outside 0 to 1.
+        RecipeError: for a density outside 0 to 1; for ``rescale`` with ``trim: model``.
     Differs: every element whose magnitude is at least the max(1, int(density * n))-th largest is
         kept (over a model the int(density * n) + 1-th, as the authors' code): of equal magnitudes
         all or none. mergekit keeps exactly that many, in an unstable order. A zero sum elects +
@@ -70,8 +73,8 @@ class Ties:
         Magnitudes are compared as float32, so float64 inputs that are equal in float32 are kept
         or trimmed together.
     Example:
-        >>> merge_arrays(Ties(weight=(1.0, 1.0), density=(0.5, 0.5), normalize=True, lam=1.0,
-        ...                   trim=Over.TENSOR),
+        >>> merge_arrays(Ties(weight=(1.0, 1.0), density=(0.5, 0.5), normalize=True,
+        ...                   rescale=False, lam=1.0, trim=Over.TENSOR),
         ...              base=[0, 0, 0, 0], models=[[4, 1, -3, 0], [2, -5, 1, 0]])
         [3.0, -5.0, -3.0, 0.0]
     Reference: Yadav, Tam, Choshen, Raffel, Bansal. TIES-Merging: Resolving Interference When
@@ -81,8 +84,14 @@ class Ties:
     weight: PerModel[float] = parameter()
     density: PerModel[float] = parameter(1.0, check=fraction)
     normalize: bool = parameter(True)
+    rescale: bool = parameter(False)
     lam: float = parameter(1.0, key="lambda")
     trim: Over = parameter(Over.TENSOR)
+
+    def problems(self) -> Iterator[str]:
+        """Magnitudes are restored per tensor only."""
+        if self.rescale and self.trim is Over.MODEL:
+            yield "rescale: true restores magnitudes per tensor; it needs trim: tensor"
 
     @measure(over="trim", when=lambda self: min(self.density) < 1)
     def coarse(self, tile: Tile) -> Histograms:
@@ -117,6 +126,23 @@ class Ties:
             thresholds.append(float(bits.view(np.float32)[0]))
         return tuple(thresholds)
 
+    @measure(when=lambda self: self.rescale and min(self.density) < 1)
+    def magnitudes(self, tile: Tile, cut: Decision | None) -> Totals:
+        """Sums of |delta| before and after trimming."""
+        full = [abs(delta) for delta in tile.deltas]
+        kept = [
+            where(single(size) >= in_type_of(single(size), threshold), size, 0.0)
+            for size, threshold in zip(full, cut or (), strict=True)
+        ]
+        return Totals((*full, *kept))
+
+    @settle()
+    def scales(self, magnitudes: Sequence[float]) -> Decision:
+        """Each model's scale; 1 where one of the sums is next to nothing."""
+        models = len(magnitudes) // 2
+        pairs = zip(magnitudes[:models], magnitudes[models:], strict=True)
+        return tuple(1.0 if min(full, kept) < 1e-7 else full / kept for full, kept in pairs)
+
     @measure(over=Over.MODEL, when=lambda self: self.trim is Over.MODEL)
     def signs(self, tile: Tile, cut: Decision | None) -> Totals:
         """The number of positive less that of negative sums of trimmed task vectors."""
@@ -129,9 +155,15 @@ class Ties:
         return (1.0 if signs[0] > 0 else -1.0,)
 
     @merges
-    def merge(self, tile: Tile, cut: Decision | None, majority: Decision | None) -> Expr:
+    def merge(
+        self,
+        tile: Tile,
+        cut: Decision | None,
+        scales: Decision | None,
+        majority: Decision | None,
+    ) -> Expr:
         """Elect a sign and add what agrees."""
-        weighted = self._trimmed(tile, cut)
+        weighted = self._trimmed(tile, cut, scales)
         total = running_sum(weighted)
         positive = total >= 0.0
         if majority is not None:
@@ -145,10 +177,16 @@ class Ties:
         kept = int(self.density[model] * total)
         return max(1, kept) if self.trim is Over.TENSOR else min(total, kept + 1)
 
-    def _trimmed(self, tile: Tile, cut: Decision | None) -> list[Expr]:
-        """Weight times task vector, zero below the threshold."""
+    def _trimmed(
+        self, tile: Tile, cut: Decision | None, scales: Decision | None = None
+    ) -> list[Expr]:
+        """Weight (and scale) times task vector, zero below the threshold."""
+        factors: Sequence[Number] = self.weight
+        if scales is not None:
+            factors = [w * scale for w, scale in zip(factors, scales, strict=True)]
         weighted = [
-            in_type_of(delta, w) * delta for w, delta in zip(self.weight, tile.deltas, strict=True)
+            in_type_of(delta, factor) * delta
+            for factor, delta in zip(factors, tile.deltas, strict=True)
         ]
         if cut is None:
             return weighted
@@ -175,6 +213,7 @@ def formula(
     weight: Sequence[float],
     density: Sequence[float],
     normalize: bool,
+    rescale: bool,
     lam: float,
     trim: Over,
 ) -> Floats:
@@ -182,10 +221,14 @@ def formula(
     weighted = []
     for w, share, model in zip(weight, density, models, strict=True):
         delta = model - base
-        kept = int(share * delta.size)
-        rank = max(1, kept) if trim is Over.TENSOR else min(delta.size, kept + 1)
+        count = int(share * delta.size)
+        rank = max(1, count) if trim is Over.TENSOR else min(delta.size, count + 1)
         threshold = np.sort(np.abs(delta), axis=None)[::-1][rank - 1] if share < 1 else 0.0
-        weighted.append(w * np.where(np.abs(delta) >= threshold, delta, 0.0))
+        kept = np.where(np.abs(delta) >= threshold, delta, 0.0)
+        before, after = np.abs(delta).sum(), np.abs(kept).sum()
+        if rescale and min(before, after) >= 1e-7:
+            kept = kept * (before / after)
+        weighted.append(w * kept)
     total = np.sum(weighted, axis=0)
     sign = np.sign(total)
     majority = 1.0 if trim is Over.TENSOR or sign.sum() > 0 else -1.0
