@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import FrameType
 
 from shardmerge import __version__, methods
-from shardmerge.errors import ShardmergeError, UsageError, VerifyError
-from shardmerge.progress import Display, JsonLines, Quiet, Text, size
+from shardmerge.errors import ShardmergeError, Stopped, VerifyError
+from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
 
 EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
 
@@ -23,17 +24,56 @@ EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped bu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
     options = _parser().parse_args(arguments)
+    # A tensor's or a file's name may hold what the terminal's encoding does not have.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status: int = options.run(options)
+        status = _run(options)
         sys.stdout.flush()
         return status
-    except ShardmergeError as problem:
-        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
-        return problem.exit_code
     except BrokenPipeError:
         # The reader of our output has left (``| head``); there is nobody to tell.
-        sys.stderr.close()
         return 1
+    finally:
+        _let_go()
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        status: int = options.run(options)
+        return status
+    except ShardmergeError as problem:
+        _tell(problem, options)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return Stopped.exit_code
+
+
+def _tell(problem: ShardmergeError, options: argparse.Namespace) -> None:
+    """An error on stderr: in words, or as one more event where stderr is JSON lines."""
+    kind = type(problem).__name__
+    if options.run is _merge and options.json:
+        error = {"event": "error", "kind": kind, "message": str(problem)}
+        print(json.dumps(error), file=sys.stderr)
+    else:
+        print(f"{kind}: {problem}", file=sys.stderr)
+
+
+def _let_go() -> None:
+    """Throw away what can no longer be written; else Python itself fails on it when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+_Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"shardmerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_merge(commands)
+    _add_plan(commands)
+    _add_looking(commands)
+    _add_methods(commands)
+    return parser
 
+
+def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
     merge = commands.add_parser("merge", help="merge checkpoints into a new one", epilog=EXIT_CODES)
     merge.set_defaults(run=_merge)
     merge.add_argument("recipe", help="YAML recipe (mergekit's vocabulary)")
@@ -55,9 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
     )
     merge.add_argument("--fresh", action="store_true", help="forget an unfinished run at OUT")
-    merge.add_argument("--json", action="store_true", help="progress and result as JSON lines")
+    merge.add_argument(
+        "--json", action="store_true", help="progress on stderr and the result as JSON lines"
+    )
     merge.add_argument("--quiet", action="store_true", help="no progress")
 
+
+def _add_plan(commands: _Commands[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser("plan", help="say what a merge would do; costs nothing")
     plan.set_defaults(run=_plan)
     plan.add_argument("recipe", help="YAML recipe")
@@ -65,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     _resources(plan)
     plan.add_argument("--json", action="store_true", help="as one JSON object")
 
+
+def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser("verify", help="check a published checkpoint, every byte")
     verify.set_defaults(run=_verify)
     verify.add_argument("checkpoint", help="its folder")
@@ -81,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="another")
     diff.add_argument("--json", action="store_true", help="as JSON lines")
 
+
+def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("methods", help="list merge methods")
     listing.set_defaults(run=_methods)
     listing.add_argument("--json", action="store_true", help="as JSON lines")
@@ -88,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="the page of one merge method")
     explain.set_defaults(run=_explain)
     explain.add_argument("method", help="its name")
-    return parser
 
 
 def _resources(parser: argparse.ArgumentParser) -> None:
@@ -110,15 +164,15 @@ _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write 4GiB, 512MiB or 2GB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no count; write 1 or more")
+    if not re.fullmatch(r"\d{1,4}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; write a number from 1 to 9999")
     return int(text)
 
 
@@ -128,10 +182,8 @@ def _count(text: str) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from shardmerge.merge import merge
 
-    display: Display = Text()
-    if options.json or options.quiet:
-        display = JsonLines() if options.json else Quiet()
-    with _stoppable() as stop:
+    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
+    with _stoppable(tell=not options.json) as stop:
         try:
             published = merge(
                 options.recipe,
@@ -153,22 +205,28 @@ def _merge(options: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     done = "was already merged" if published.already else "merged"
     print(
-        f"{published.out}: {done}; {published.tensors} tensors, {size(published.nbytes)} in "
-        f"{len(published.shards)} shard{'s' * (len(published.shards) != 1)}"
+        f"{published.out}: {done}; {counted(published.tensors, 'tensor')}, "
+        f"{size(published.nbytes)} in {counted(len(published.shards), 'shard')}"
     )
     return 0
 
 
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
+@contextlib.contextmanager
+def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
     """An event that Ctrl-C (or SIGTERM) sets; a second one stops at once."""
     stop = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         stop.set()
-        print("\nstopping; again to stop at once", file=sys.stderr)
+        if tell:
+            # Not by print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping; again to stop at once\n")
 
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -198,14 +256,14 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(report)))
     if report.problems:
         raise VerifyError(
-            f"{options.checkpoint}: {len(report.problems)} problems\n"
+            f"{options.checkpoint}: {counted(len(report.problems), 'problem')}\n"
             + "\n".join(f"  {problem}" for problem in report.problems)
         )
     if not options.json:
         checked = "every checksum" if report.checksums else "structure only: no provenance record"
         print(
-            f"{options.checkpoint}: good ({checked}); {report.tensors} tensors, "
-            f"{size(report.bytes)} in {report.shards} shards"
+            f"{options.checkpoint}: good ({checked}); {counted(report.tensors, 'tensor')}, "
+            f"{size(report.bytes)} in {counted(report.shards, 'shard')}"
         )
     return 0
 
@@ -255,6 +313,3 @@ def _explain(options: argparse.Namespace) -> int:
 
     print(method_page(methods.get(options.method)))
     return 0
-
-
-__all__ = ["UsageError", "main"]

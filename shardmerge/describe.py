@@ -6,7 +6,7 @@ from collections import Counter
 
 from shardmerge.methods.api import MethodInfo, info_of
 from shardmerge.plan import FOOTPRINT_BYTES, MeasureTask, MergeTask, Plan
-from shardmerge.progress import size
+from shardmerge.progress import counted, size
 from shardmerge.sources.tensor import Checkpoint, TensorRef
 
 
@@ -58,10 +58,13 @@ def plan_text(facts: dict[str, object]) -> str:
         assert isinstance(values, dict)
         return ", ".join(f"{count} {what}" for what, count in values.items() if count)
 
-    def nbytes(name: str) -> str:
+    def number(name: str) -> int:
         value = facts[name]
         assert isinstance(value, int)
-        return size(value)
+        return value
+
+    def nbytes(name: str) -> str:
+        return size(number(name))
 
     shards, notes = facts["shards"], facts["notes"]
     assert isinstance(shards, list) and isinstance(notes, list)
@@ -69,13 +72,16 @@ def plan_text(facts: dict[str, object]) -> str:
         f"tensors   {facts['tensors']}: {counts('methods')}",
         f"tasks     {facts['tasks']}: {counts('passes')}",
         f"read      {nbytes('read_bytes')}",
-        f"write     {nbytes('write_bytes')} in {len(shards)} shards",
+        f"write     {nbytes('write_bytes')} in {counted(len(shards), 'shard')}",
         f"scratch   {nbytes('scratch_bytes')}",
         f"disk      {nbytes('disk_bytes')} at {facts['out']}",
         f"memory    at most {nbytes('peak_bytes')} of {nbytes('memory_bytes')}: "
-        f"{facts['workers']} workers with up to {nbytes('worker_bytes')} each, "
+        f"{counted(number('workers'), 'worker')} with up to {nbytes('worker_bytes')} each, "
         f"{size(FOOTPRINT_BYTES)} for the program",
-        *(f"  {s['name']}  {size(s['bytes'])}, {s['tensors']} tensors" for s in shards[:20]),
+        *(
+            f"  {s['name']}  {size(s['bytes'])}, {counted(s['tensors'], 'tensor')}"
+            for s in shards[:20]
+        ),
     ]
     if len(shards) > 20:
         lines.append(f"  ... {len(shards) - 20} more shards")
@@ -99,8 +105,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     elements = sum(tensor.numel for tensor in checkpoint.tensors.values())
     lines = [
-        f"{len(checkpoint.tensors)} tensors, {elements:,} elements, {size(total)} in "
-        f"{len(checkpoint.shards)} shards"
+        f"{counted(len(checkpoint.tensors), 'tensor')}, {counted(elements, 'element')}, "
+        f"{size(total)} in {counted(len(checkpoint.shards), 'shard')}"
     ]
     if checkpoint.ignored:
         lines.append(f"not read: {', '.join(checkpoint.ignored)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,15 +16,18 @@ from shardmerge.work import Done
 _BAR_EVERY_S = 0.2
 _LINE_EVERY_S = 10.0
 _BAR_WIDTH = 24
+_COLUMNS = 80  # of a terminal that does not say how wide it is
 
 
 def size(nbytes: float) -> str:
     """Bytes for people: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            break
+    if abs(nbytes) < 1024:
+        return f"{nbytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
         nbytes /= 1024
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        if abs(nbytes) < 1023.95 or unit == "TiB":  # what would round to 1024.0 is 1.0 of the next
+            break
+    return f"{nbytes:.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -31,6 +36,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: ``1 shard``, ``2,000 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Meter:
@@ -118,51 +128,87 @@ class Display(Protocol):
         """The run ended, well or not."""
 
 
-class Text(Meter):
+class _Writing(Meter):
+    """A meter that writes what it counts.
+
+    Args:
+        stream: stderr by default, as it is when the run begins.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(clock)
+        self._stream = sys.stderr if stream is None else stream
+
+    def _write(self, text: str) -> None:
+        # A reader that has left, or a closed terminal, is no reason to end a merge.
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+
+
+class Text(_Writing):
     """A bar that is drawn over itself on a terminal, a line now and then elsewhere."""
 
     def __init__(
-        self, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(clock)
-        self._stream = stream
-        self._terminal = stream.isatty()
+        super().__init__(stream, clock)
+        self._terminal = self._stream.isatty()
+        self._drawn = False
+        self._behind = False
 
     def task(self, done: Done, task: Task) -> None:
         """Count, and show if it is time."""
         super().task(done, task)
+        self._behind = True
         if self.due(_BAR_EVERY_S if self._terminal else _LINE_EVERY_S):
-            text = self.line()
-            self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
-            self._stream.flush()
+            self._show()
 
-    def line(self) -> str:
-        """The state in one line."""
-        share = self.done_bytes / self.all_bytes if self.all_bytes else 1.0
-        filled = int(_BAR_WIDTH * min(share, 1.0))
-        bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+    def _show(self) -> None:
+        self._behind = False
+        if self._terminal:
+            self._write(f"\r\x1b[K{self.line(_columns(self._stream))}")
+            self._drawn = True
+        else:
+            self._write(f"{self.line()}\n")
+
+    def line(self, columns: int | None = None) -> str:
+        """The state in one line; on a terminal it must not wrap, or it could not be drawn over."""
         left = "" if self.left_s is None else f", {duration(self.left_s)} left"
-        return (
-            f"[{bar}] {self.tasks_done}/{self.tasks} tasks, "
+        words = (
+            f"{self.tasks_done}/{self.tasks} tasks, "
             f"{size(self.written_bytes)} of {size(self.write_bytes)} written, "
             f"{size(self.rate)}/s{left}"
         )
+        if columns is None:
+            return f"{self._bar(_BAR_WIDTH)} {words}"
+        room = columns - len(words) - len("[] ") - 1
+        return (f"{self._bar(min(room, _BAR_WIDTH))} {words}" if room > 0 else words)[: columns - 1]
+
+    def _bar(self, width: int) -> str:
+        share = self.done_bytes / self.all_bytes if self.all_bytes else 1.0
+        filled = int(width * min(share, 1.0))
+        return f"[{'#' * filled}{'.' * (width - filled)}]"
 
     def close(self) -> None:
-        """Leave the bar behind on a line of its own."""
-        if self._terminal and self.tasks_done:
-            self._stream.write("\n")
-            self._stream.flush()
+        """Show how far the run came, and leave the bar on a line of its own."""
+        if self._behind:
+            self._show()
+        if self._drawn:
+            self._write("\n")
 
 
-class JsonLines(Meter):
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
+
+
+class JsonLines(_Writing):
     """One JSON object per event."""
-
-    def __init__(
-        self, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        super().__init__(clock)
-        self._stream = stream
 
     def start(self, **counts: int) -> None:
         """The run begins."""
@@ -190,8 +236,7 @@ class JsonLines(Meter):
         """Nothing is left open."""
 
     def _event(self, event: str, **fields: object) -> None:
-        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
-        self._stream.flush()
+        self._write(json.dumps({"event": event, **fields}) + "\n")
 
 
 class Quiet(Meter):

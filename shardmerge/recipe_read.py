@@ -276,6 +276,8 @@ def _read_globs(node: Node) -> tuple[str, ...]:
 
 
 def _read_from(node: Node, scope: Scope) -> ModelName | None:
+    if node.value == "base" and scope.base is not None:
+        return scope.base
     model = read_model(node)
     if model and model not in scope.models and None not in scope.models:
         names = dict.fromkeys(map(str, scope.models))

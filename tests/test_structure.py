@@ -1,4 +1,4 @@
-"""The shape of the package: imports go one way, and heavy packages are imported where they are used."""
+"""The shape of the package: imports go one way, heavy packages are imported where they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "shardmerge"
 
 ORDER = [
     ["errors", "numerics"],
-    ["header", "kernels.language", "stores.api"],
+    ["header", "kernels.language", "kernels.philox", "stores.api"],
     ["sources.tensor", "stores.local", "kernels.emit"],
     ["stores", "decode", "kernels.compile"],
     ["methods.api", "sources.hf"],
@@ -105,6 +105,9 @@ def test_a_merge_needs_none_of_them():
 def test_nothing_from_a_checkpoint_is_executed():
     """No module imports what could run a checkpoint's content."""
     banned = {"pickle", "marshal", "shelve", "importlib.machinery", "runpy"}
-    wrong = [f"{name}: {banned & imports_of(path)}" for name, path in modules().items()
-             if banned & imports_of(path)]
+    wrong = [
+        f"{name}: {banned & imports_of(path)}"
+        for name, path in modules().items()
+        if banned & imports_of(path)
+    ]
     assert not wrong

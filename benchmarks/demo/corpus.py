@@ -23,6 +23,9 @@ _SKIPPED = """
 #: The words of a statement which a line can start with, so that the line says which one is missing.
 KEYWORDS = ("if", "while", "for", "with", "return", "raise", "def", "class", "import", "except")
 
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMING = (*_DEFINITIONS, ast.arg, ast.Name)
+_LINES = (ast.stmt, ast.ExceptHandler)
 _MAX_CHARACTERS = 240  # more than the encoder reads; keeps the tokenizer from reading whole pages
 
 
@@ -55,12 +58,16 @@ class Snippet:
         return int.from_bytes(digest, "big") / 2**64
 
 
-def read_standard_library() -> list[Snippet]:
-    """Return every snippet of the running Python's standard library, in the order of file names."""
+def read_standard_library(*, every: int = 1) -> list[Snippet]:
+    """Return the snippets of the running Python's standard library, in the order of file names.
+
+    Args:
+        every: Read one file of so many, to be quicker.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = frozenset(_SKIPPED.split())
-    snippets: list[Snippet] = []
-    for path in sorted(root.rglob("*.py")):
+    snippets: dict[Snippet, None] = {}  # an ordered set: many names and lines occur again and again
+    for path in sorted(root.rglob("*.py"))[::every]:
         parts = path.relative_to(root).with_suffix("").parts
         if skipped.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
             continue
@@ -69,8 +76,8 @@ def read_standard_library() -> list[Snippet]:
             tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             continue  # a file that cannot be read is not worth stopping a demonstration
-        snippets += _snippets_of(source, tree, parts[0])
-    return snippets
+        snippets.update(dict.fromkeys(_snippets_of(source, tree, parts[0])))
+    return list(snippets)
 
 
 def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippet]:
@@ -83,18 +90,19 @@ def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippe
 
 def _from_tree(tree: ast.Module, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, _DEFINITIONS):
             # Later paragraphs of a docstring are often tables, examples and lists.
             for paragraph in (ast.get_docstring(node) or "").split("\n\n")[:2]:
                 if _is_prose(paragraph):
                     yield "prose", "", paragraph
-        if isinstance(node, ast.stmt | ast.ExceptHandler):
+        if isinstance(node, _LINES):
             keyword, _, rest = lines[node.lineno - 1].strip().partition(" ")
             if keyword in KEYWORDS:
                 yield "line", keyword, f"[MASK] {rest}"
-        if isinstance(node, ast.Raise):
-            yield "message", *_message(node)
-        yield from _identifiers(node)
+            if isinstance(node, ast.Raise):
+                yield "message", *_message(node)
+        if isinstance(node, _NAMING):
+            yield from _identifiers(node)
 
 
 def _is_prose(text: str) -> bool:
@@ -119,7 +127,7 @@ def _identifiers(node: ast.AST) -> Iterator[tuple[str, str, str]]:
     """Yield the names that ``node`` gives to something, and what it is that it names."""
     if isinstance(node, ast.ClassDef):
         yield "identifier", "class", node.name
-    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    elif isinstance(node, _DEFINITIONS):
         yield "identifier", "function", node.name
     elif isinstance(node, ast.arg):
         yield "identifier", "variable", node.arg

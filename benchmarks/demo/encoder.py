@@ -40,6 +40,7 @@ class Encoder:
     """
 
     def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         self.model = AutoModel.from_pretrained(
             checkpoint, local_files_only=True, dtype=torch.float32
         )
@@ -67,7 +68,10 @@ class Encoder:
     def save(self, folder: Path) -> None:
         """Write an ordinary checkpoint: ``config.json``, ``model.safetensors``, the tokenizer."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        # Afresh, as embed() leaves its own limits (few tokens, for speed) in the tokenizer.
+        AutoTokenizer.from_pretrained(self.checkpoint, local_files_only=True).save_pretrained(
+            folder
+        )
 
 
 def accuracy(encoder: Encoder, task: Task, head: Tensor) -> float:

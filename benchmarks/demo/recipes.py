@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-# Small task vectors that hardly overlap could be added in full; these overlap.
-_SUM_WEIGHT = 0.7
+# Task vectors that have nothing to do with each other could be added in full; these do overlap, and
+# 0.6 of their sum keeps most of each. With agreeing values averaged (ties), the same strength needs
+# a larger factor.
+_SUM_LAMBDA = 0.6
+_TIES_LAMBDA = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Merge:
     """
 
     name: str
-    recipe: dict[str, object]
+    recipe: Mapping[str, object]
     tasks: tuple[str, ...]
     note: str
 
@@ -38,43 +41,42 @@ def recipes(models: Path, tasks: Sequence[str], *, quick: bool) -> list[Merge]:
 
 
 def _recipes(models: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
-    base = {"base_model": str(models / "base")}
-
     def merge(method: str, note: str, *, top: dict[str, object], **each: object) -> Merge:
-        entries: list[dict[str, object]] = [
-            {"model": str(models / task), "parameters": each} for task in tasks
-        ]
-        recipe = {"merge_method": method, "dtype": "float32", "models": entries, **top}
-        return Merge(method, recipe, tasks, note)
+        entries = [{"model": str(models / task), "parameters": dict(each)} for task in tasks]
+        base = {"base_model": str(models / "base")} if top else {}
+        parameters = {"parameters": top} if top else {}
+        return Merge(
+            method,
+            {"merge_method": method, **base, "models": entries, **parameters, "dtype": "float32"},
+            tasks,
+            note,
+        )
 
-    def parameters(**values: object) -> dict[str, object]:
-        return {**base, "parameters": values}
-
-    yield merge("linear", "plain mean of the fine-tunes", top={}, weight=1.0)
+    yield merge("linear", "the mean of the fine-tunes", top={}, weight=1.0)
     yield merge(
         "task_arithmetic",
-        f"base + {_SUM_WEIGHT} x the sum of the task vectors",
-        top=parameters(**{"lambda": _SUM_WEIGHT, "normalize": False}),
+        f"base + {_SUM_LAMBDA} x the sum of the task vectors",
+        top={"lambda": _SUM_LAMBDA, "normalize": False},
         weight=1.0,
     )
     yield merge(
         "ties",
-        "half of each task vector; signs elected; lambda 1.5",
-        top=parameters(**{"lambda": 1.5, "normalize": True}),
+        "largest half of each task vector, signs elected",
+        top={"lambda": _TIES_LAMBDA, "normalize": True},
         weight=1.0,
         density=0.5,
     )
     yield merge(
         "dare_linear",
-        "half of the elements dropped at random, rest doubled",
-        top=parameters(**{"lambda": _SUM_WEIGHT, "normalize": False}),
+        "a random half of each task vector, rescaled",
+        top={"lambda": _SUM_LAMBDA, "normalize": False, "rescale": True},
         weight=1.0,
         density=0.5,
     )
     yield merge(
         "dare_ties",
-        "as dare_linear, with signs elected as in ties",
-        top=parameters(**{"lambda": 1.5, "normalize": True}),
+        "as dare_linear, signs elected as in ties",
+        top={"lambda": _TIES_LAMBDA, "normalize": True, "rescale": True},
         weight=1.0,
         density=0.5,
     )
@@ -83,22 +85,25 @@ def _recipes(models: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
 
 
 def _fisher(models: Path, tasks: tuple[str, ...]) -> Merge:
-    entries = [
-        {"model": str(models / task), "fisher": str(models / task / "fisher")} for task in tasks
-    ]
-    recipe: dict[str, object] = {"merge_method": "fisher", "dtype": "float32", "models": entries}
-    return Merge("fisher", recipe, tasks, "mean weighted by squared gradients of the training")
+    recipe = {
+        "merge_method": "fisher",
+        "models": [
+            {"model": str(models / task), "fisher": str(models / task / "fisher")} for task in tasks
+        ],
+        "dtype": "float32",
+    }
+    return Merge("fisher", recipe, tasks, "mean, weighted by squared gradients")
 
 
 def _slerp(models: Path, pair: tuple[str, ...]) -> Merge:
-    recipe: dict[str, object] = {
+    recipe = {
         "merge_method": "slerp",
-        "dtype": "float32",
         "base_model": str(models / pair[0]),
         "models": [{"model": str(models / task)} for task in pair],
         "parameters": {"t": 0.5},
+        "dtype": "float32",
     }
-    return Merge("slerp", recipe, pair, f"half way from {pair[0]} to {pair[1]}, on a sphere")
+    return Merge("slerp", recipe, pair, f"two only: half way from {pair[0]} to {pair[1]}")
 
 
 def run(merge: Merge, *, recipe: Path, out: Path) -> None:
@@ -108,7 +113,7 @@ def run(merge: Merge, *, recipe: Path, out: Path) -> None:
         RuntimeError: The program failed; the message holds what it said.
     """
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    text = f"# {merge.note}\n{yaml.safe_dump(merge.recipe, sort_keys=False)}"
+    text = f"# {merge.note}\n{yaml.safe_dump(dict(merge.recipe), sort_keys=False)}"
     recipe.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "shardmerge", "merge", str(recipe), str(out), "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

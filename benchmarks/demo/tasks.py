@@ -55,7 +55,8 @@ _TOPICS = {
     """,
     "e-mail messages and mailboxes": "email mailbox mimetypes quopri",
     "threads, processes and asynchronous tasks": """
-        asyncio multiprocessing threading concurrent queue subprocess selectors sched signal asyncore
+        asyncio multiprocessing threading concurrent queue subprocess selectors sched signal
+        asyncore
     """,
     "unit tests, debugging and profiling": """
         unittest doctest pdb bdb trace traceback profile cProfile pstats timeit tracemalloc cmd
@@ -66,8 +67,8 @@ _TOPICS = {
         fnmatch filecmp fileinput _pyio io zipapp
     """,
     "numbers, statistics, dates and times": """
-        _pydecimal decimal fractions statistics numbers datetime _pydatetime calendar random zoneinfo
-        _strptime colorsys
+        _pydecimal decimal fractions statistics numbers datetime _pydatetime calendar random
+        zoneinfo _strptime colorsys
     """,
     "data formats such as XML, HTML, JSON and CSV": """
         xml html json csv configparser plistlib tomllib pickle pickletools pprint gettext
@@ -104,8 +105,8 @@ _EXCEPTIONS = {
     """,
     "an object of the wrong type, or without an attribute": "TypeError AttributeError",
     "something not possible now, or not supported": """
-        RuntimeError AssertionError URLError NotImplementedError UnsupportedOperation NotSupportedErr
-        InvalidStateError
+        RuntimeError AssertionError URLError NotImplementedError UnsupportedOperation
+        NotSupportedErr InvalidStateError
     """,
     "data, a file or a message that cannot be read": """
         Error error OSError HeaderParseError ReadError EOFError PicklingError UnpicklingError
@@ -115,17 +116,18 @@ _EXCEPTIONS = {
 }
 
 
-def build_tasks(*, train_size: int, test_size: int) -> list[Task]:
+def build_tasks(*, train_size: int, test_size: int, every: int = 1) -> list[Task]:
     """Return the four tasks, with at most so many examples to train on and to test with.
 
     Args:
         train_size: Most examples in :attr:`Task.train`.
         test_size: Most examples in :attr:`Task.test`.
+        every: Use one file of the standard library of so many, to be quicker.
 
     Raises:
         ValueError: The standard library here has too little text (sources left out, or zipped).
     """
-    snippets = read_standard_library()
+    snippets = read_standard_library(every=every)
     tasks = []
     for name, classes, labelled in (
         ("topic", tuple(_TOPICS), _topic(snippets)),
@@ -167,13 +169,17 @@ def _labelled(
 def _split(
     name: str, labelled: Iterable[tuple[Snippet, int]], *, n_classes: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Drop duplicates, split and order, classes in turn: all by hashes of the texts alone."""
+    """Split and order, the classes in turn, by hashes of the texts alone.
+
+    Of texts that are the same one is kept, and none where their classes differ.
+    """
     unique: dict[str, tuple[Snippet, int]] = {}
-    labels: dict[str, set[int]] = {}
+    doubtful: set[str] = set()
     for snippet, target in labelled:
-        unique.setdefault(snippet.key, (snippet, target))
-        labels.setdefault(snippet.key, set()).add(target)
-    certain = [item for key, item in unique.items() if len(labels[key]) == 1]
+        key = snippet.key
+        if unique.setdefault(key, (snippet, target))[1] != target:
+            doubtful.add(key)
+    certain = [item for key, item in unique.items() if key not in doubtful]
     ordered = sorted(certain, key=lambda item: item[0].draw(f"order of {name}"))
     sides: tuple[list[tuple[int, Example]], list[tuple[int, Example]]] = ([], [])
     seen: Counter[tuple[bool, int]] = Counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import llvmlite.binding as binding
 import numpy as np
@@ -120,7 +120,8 @@ class Kernel:
 class _Loop:
     """The function's frame: a loop over vectors, then one over the elements that are left."""
 
-    def __init__(self, dtypes: Sequence[DType]) -> None:
+    def __init__(self, results: Sequence[Expr], dtypes: Sequence[DType]) -> None:
+        self.random_models = max((int(x.value) + 1 for x in _leaves(results, "random")), default=0)
         self.module = ir.Module("shardmerge")
         self.function = ir.Function(self.module, _SIGNATURE, "kernel")
         self.count, self.first, inputs, self.parameters, self.keys, self.output = self.function.args
@@ -171,6 +172,7 @@ class _Loop:
             inputs=self.inputs,
             parameters=self.parameters,
             keys=self.keys,
+            random_models=self.random_models,
         )
 
     def compiled(self, form: Form, width: int, inputs: tuple[int, ...]) -> Kernel:
@@ -199,20 +201,22 @@ def _target() -> binding.Target:
     return binding.Target.from_default_triple()
 
 
-def inputs_of(results: Sequence[Expr]) -> tuple[int, ...]:
-    """Numbers of the inputs that ``results`` read, in increasing order."""
-    found: set[int] = set()
+def _leaves(results: Sequence[Expr], op: str) -> Iterator[Expr]:
+    """Every leaf of kind ``op`` that ``results`` are made of."""
     seen: set[int] = set()
     stack = list(results)
     while stack:
         x = stack.pop()
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if x.op == "input":
-            found.add(int(x.value))
-        stack.extend(x.args)
-    return tuple(sorted(found))
+        if id(x) not in seen:
+            seen.add(id(x))
+            stack.extend(x.args)
+            if x.op == op:
+                yield x
+
+
+def inputs_of(results: Sequence[Expr]) -> tuple[int, ...]:
+    """Numbers of the inputs that ``results`` read, in increasing order."""
+    return tuple(sorted({int(x.value) for x in _leaves(results, "input")}))
 
 
 def compile_map(result: Expr, dtypes: Sequence[DType], output: DType) -> Kernel:
@@ -221,7 +225,7 @@ def compile_map(result: Expr, dtypes: Sequence[DType], output: DType) -> Kernel:
     Args:
         dtypes: of every tensor of the task, each one of ``KERNEL_DTYPES``.
     """
-    loop, inputs = _Loop(dtypes), inputs_of([result])
+    loop, inputs = _Loop([result], dtypes), inputs_of([result])
     b = loop.b
     flags = b.alloca(_I64)
     b.store(ir.Constant(_I64, 0), flags)
@@ -261,7 +265,7 @@ def compile_totals(totals: Totals, dtypes: Sequence[DType]) -> Kernel:
     The output has shape [blocks, values]; the first element must begin a canonical block. Within a
     block, lane j adds the elements j, j + 32, ...; then the lanes are added from first to last.
     """
-    loop, inputs = _Loop(dtypes), inputs_of(totals.values)
+    loop, inputs = _Loop(totals.values, dtypes), inputs_of(totals.values)
     b = loop.b
     vector = ir.VectorType(_F64, LANES)
     sums = [b.alloca(vector) for _ in totals.values]
@@ -302,7 +306,7 @@ def compile_histograms(histograms: Histograms, dtypes: Sequence[DType]) -> Kerne
     """A kernel that adds to u32 counts of shape [keys, 65536], at most 2**32 - 1 elements in all."""
     only = histograms.only or (None,) * len(histograms.keys)
     results = [*histograms.keys, *(histograms.only or ())]
-    loop, inputs = _Loop(dtypes), inputs_of(results)
+    loop, inputs = _Loop(results, dtypes), inputs_of(results)
     b = loop.b
     output = b.bitcast(loop.output, _I32.as_pointer())
 

@@ -11,14 +11,8 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from shardmerge.kernels.language import Expr, Type
-from shardmerge.numerics import (
-    PHILOX_M0,
-    PHILOX_M1,
-    PHILOX_ROUNDS,
-    PHILOX_W0,
-    PHILOX_W1,
-    DType,
-)
+from shardmerge.kernels.philox import philox_function
+from shardmerge.numerics import DType
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -41,6 +35,7 @@ class Emitter:
         inputs: Sequence[tuple[ir.Value, DType]],
         parameters: ir.Value,
         keys: ir.Value,
+        random_models: int,
     ) -> None:
         self.b = builder
         self.lanes = lanes
@@ -49,6 +44,8 @@ class Emitter:
         self.inputs = inputs
         self.parameters = parameters
         self.keys = keys
+        self.random_models = random_models
+        self._drawn: ir.Value | None = None
         self._done: dict[int, ir.Value] = {}
         self._magnitudes: dict[int, ir.Value] = {}
 
@@ -135,73 +132,13 @@ class Emitter:
         """Word ``index % 4`` of Philox4x32-10 with ``index // 4`` as counter, of the flat index."""
         b = self.b
         flat = b.add(self.first, self.index)
-        block = b.lshr(flat, ir.Constant(_I64, 2))
-        blocks = max(1, self.lanes // 4)
-        if blocks > 1:
-            vector = ir.VectorType(_I64, blocks)
-            empty = ir.Constant(vector, ir.Undefined)
-            zeros = ir.Constant(ir.VectorType(_I32, blocks), [0] * blocks)
-            block = b.insert_element(empty, block, ir.Constant(_I32, 0))
-            block = b.shuffle_vector(block, empty, zeros)
-            block = b.add(block, ir.Constant(vector, list(range(blocks))))
-        words = self._philox(block, int(x.value))
-        if self.lanes == 1:
-            low = b.and_(flat, ir.Constant(_I64, 3))
-            chosen = words[3]
-            for number in (2, 1, 0):
-                here = b.icmp_unsigned("==", low, ir.Constant(_I64, number))
-                chosen = b.select(here, words[number], chosen)
-            return b.trunc(chosen, _I32)
-        return self._interleave([b.trunc(word, ir.VectorType(_I32, blocks)) for word in words])
-
-    def _interleave(self, words: list[ir.Value]) -> ir.Value:
-        """Four vectors as one: element 0 of each, then element 1 of each, ..."""
-        blocks = self.lanes // 4
-
-        def indices(values: list[int]) -> ir.Constant:
-            return ir.Constant(ir.VectorType(_I32, len(values)), values)
-
-        joined = indices(list(range(2 * blocks)))
-        low = self.b.shuffle_vector(words[0], words[1], joined)
-        high = self.b.shuffle_vector(words[2], words[3], joined)
-        order = [word * blocks + block for block in range(blocks) for word in range(4)]
-        return self.b.shuffle_vector(low, high, indices(order))
-
-    def _philox(self, counter: ir.Value, model: int) -> list[ir.Value]:
-        """Philox4x32-10 of 64-bit counters; four words, each in the low half of 64 bits.
-
-        Words stay in 64-bit lanes: the product of two low halves is then one machine instruction.
-        """
-        b, kind = self.b, counter.type
-
-        def constant(value: int) -> ir.Constant:
-            if isinstance(kind, ir.VectorType):
-                return ir.Constant(kind, [value] * kind.count)
-            return ir.Constant(kind, value)
-
-        def spread(word: ir.Value) -> ir.Value:
-            wide = b.zext(word, _I64)
-            if not isinstance(kind, ir.VectorType):
-                return wide
-            empty = ir.Constant(kind, ir.Undefined)
-            zeros = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
-            return b.shuffle_vector(
-                b.insert_element(empty, wide, ir.Constant(_I32, 0)), empty, zeros
-            )
-
-        low, places = constant(0xFFFFFFFF), constant(32)
-        c0, c1, c2, c3 = b.and_(counter, low), b.lshr(counter, places), constant(0), constant(0)
-        key = [b.load(b.gep(self.keys, [ir.Constant(_I64, 2 * model + half)])) for half in (0, 1)]
-        for _ in range(PHILOX_ROUNDS):
-            p0, p1 = b.mul(c0, constant(PHILOX_M0)), b.mul(c2, constant(PHILOX_M1))
-            c0 = b.xor(b.xor(b.lshr(p1, places), c1), spread(key[0]))
-            c2 = b.xor(b.xor(b.lshr(p0, places), c3), spread(key[1]))
-            c1, c3 = b.and_(p1, low), b.and_(p0, low)
-            key = [
-                b.add(word, ir.Constant(_I32, bump))
-                for word, bump in zip(key, (PHILOX_W0, PHILOX_W1), strict=True)
-            ]
-        return [c0, c1, c2, c3]
+        if self._drawn is None:
+            draw = philox_function(b.module, self.lanes, self.random_models)
+            self._drawn = b.call(draw, [b.lshr(flat, ir.Constant(_I64, 2)), self.keys])
+        words = b.extract_value(self._drawn, int(x.value))
+        if self.lanes > 1:
+            return words
+        return b.extract_element(words, b.and_(b.trunc(flat, _I32), ir.Constant(_I32, 3)))
 
     # operations
 
