@@ -19,7 +19,6 @@ from benchmarks.recipes import METHODS, Recipe, recipe
 
 log = logging.getLogger("benchmarks")
 
-DEFAULT = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp", "model_stock")
 HEADS = (
     "method", "runs", "wall s", "CPU s", "peak MiB", "read/input", "start s", "cold start s",
     "plain s", "ratio",
@@ -111,7 +110,7 @@ class Bench:
 def main() -> None:
     """Measure the methods."""
     parser = harness.arguments(__doc__, family="1.1B")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*DEFAULT])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--models", type=int, default=3, help="besides the base model")
     parser.add_argument("--runs", type=int, default=3, help="merges of each method, at least 1")
     parser.add_argument("--memory", default="1GiB", help="budget of a merge")

@@ -194,7 +194,8 @@ def main() -> None:
     parser = harness.arguments(__doc__, family="1.1B")
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--models", type=int, default=3, help="besides the base model")
-    parser.add_argument("--runs", type=int, help=f"pairs of each method (default: {RUNS})")
+    runs = f"timed pairs of each method (default: {RUNS}); 0: report the run that is compared"
+    parser.add_argument("--runs", type=int, help=runs)
     parser.add_argument("--memory", default="1GiB", help="budget of shardmerge")
     parser.add_argument("--mergekit-venv", type=Path, default=Path(".venvs/mergekit"))
     _main(parser.parse_args())

@@ -14,13 +14,9 @@ PER_MODEL: dict[str, dict[str, float]] = {
     "ties": {"weight": 0.4, "density": 0.5},
     "dare_ties": {"weight": 0.4, "density": 0.5},
     "dare_linear": {"weight": 0.4, "density": 0.5},
-    "breadcrumbs_ties": {"weight": 0.4, "density": 0.5, "gamma": 0.01},
-    "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.1},
-    "model_stock": {},
-    "sce": {},
 }
-SHARED: dict[str, dict[str, float]] = {"slerp": {"t": 0.4}, "sce": {"select_topk": 0.5}}
-METHODS = ("linear", "slerp", *PER_MODEL)
+SHARED: dict[str, dict[str, float]] = {"slerp": {"t": 0.4}}
+METHODS = ("linear", *PER_MODEL, *SHARED)
 
 
 @dataclass(frozen=True, slots=True)

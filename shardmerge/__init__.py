@@ -15,6 +15,7 @@ files, in the order of the data:
     work        one task: read a tile, run a kernel, write a tile (decode, summaries: its steps)
     ledger      which parts are written and what was decided
     shards      TO: bytes to their place in an output shard
+    staging     OUT before it is published: lock, ledger, space
     publish     SHOW: check coverage, name the shards, write the index last (assets: small files)
     methods     one file per merge method
     kernels     a method's arithmetic, compiled to native loops

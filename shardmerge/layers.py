@@ -17,7 +17,7 @@ LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where configs of multimodal models keep those of the language model."""
 
-_LAYER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)(0|[1-9][0-9]{0,5})(?:\.|$)")
 _TOWER = re.compile(r"vision|visual|image|audio|speech|video|projector|connector|aligner|resampler")
 _OUTPUT = re.compile(r"embed_out|unembed|lm_head|output_embed")
 _EMBEDDING = re.compile(

@@ -109,6 +109,9 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
             if found is not None:
                 tensors[name] = found
     chooser.check_patterns(universe)
+    if not tensors and not findings.problems:
+        text = "The rules drop every tensor, so there is nothing to write. Narrow their patterns."
+        findings.problem(mismatch.Plain(text))
     for head in tied.keys() & tensors.keys():
         text = f"tied to the token embedding in {mismatch.models(tied[head])}; stored in the output"
         findings.note(text, head)

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import llvmlite
 import yaml
 
-from shardmerge import __version__
-from shardmerge.errors import (
-    NonFiniteError,
-    OutputError,
-    SourceChangedError,
-)
+from shardmerge import __version__, assets
+from shardmerge.errors import NonFiniteError, SourceChangedError
 from shardmerge.execute import Progress, execute
 from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
-from shardmerge.ledger import LEDGER, Ledger, Lock, fingerprint
-from shardmerge.match import Outputs, match
+from shardmerge.ledger import Ledger, fingerprint
+from shardmerge.match import match
 from shardmerge.plan import Plan, inputs_of, make_plan
 from shardmerge.progress import Quiet
-from shardmerge.publish import (
-    CLEARED,
-    INDEX,
-    PROVENANCE,
-    Published,
-    occupants,
-    publish,
-    shard_checksums,
-)
+from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
-from shardmerge.shards import STAGING, ShardWriter, opened, staged, write_failed
+from shardmerge.shards import ShardWriter
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
+from shardmerge.staging import is_published, refuse_sources, staging
 from shardmerge.stores import open_store
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
-_SPARE_BYTES = 16 * 2**20
-"""Disk kept free for the ledger and the small files."""
 
 Sources = Mapping[ModelName, Checkpoint]
-
-log = logging.getLogger(__name__)
-
 
 EXECUTORS: Mapping[str, Callable[[Plan, ShardWriter], Executor]] = {"local": LocalExecutor}
 """Places to run, by their name on the command line."""
@@ -82,11 +64,11 @@ def merge(
     """
     plan, sources = prepare(recipe, out, memory_bytes=memory_bytes, threads=threads)
     place = Path(out)
-    files = _asset_names(plan, sources)
-    _refuse_sources(place, sources)
-    if not (fresh or overwrite) and _is_published(place, plan):
+    refuse_sources(place, sources)
+    if not (fresh or overwrite) and is_published(place, plan):
         return _published(plan, already=True)
-    with _staging(place, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
+    files = _written_files(plan, sources)
+    with staging(place, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
         with EXECUTORS[executor](plan, writer) as workers:
             execute(
                 plan,
@@ -100,7 +82,7 @@ def merge(
         _refuse_non_finite(plan, ledger)
         checksums = shard_checksums(plan.shards, ledger.receipts)
         names = [tensor.name for tensor in plan.tensors]
-        publish(place, plan.shards, names, ledger, _assets(plan, sources, checksums))
+        publish(place, plan.shards, names, ledger, _contents(plan, sources, checksums))
     return _published(plan, already=False)
 
 
@@ -165,109 +147,6 @@ def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
     return identity
 
 
-# --- OUT ----------------------------------------------------------------------------------------
-
-
-def _refuse_sources(out: Path, sources: Sources) -> None:
-    for name, checkpoint in sources.items():
-        folder = Path(checkpoint.url)
-        folder = folder if folder.is_dir() else folder.parent
-        if out.exists() and folder.exists() and out.samefile(folder):
-            raise OutputError(
-                f"{out} is where the source {name} lies. Give another place for the output."
-            )
-
-
-def _is_published(out: Path, plan: Plan) -> bool:
-    """Whether OUT holds exactly what this plan makes, complete."""
-    last = out / (INDEX if len(plan.shards) > 1 else plan.shards[0].name)
-    if (out / STAGING).exists() or not last.exists():
-        return False
-    try:
-        record = yaml.safe_load((out / PROVENANCE).read_bytes())
-        shards = record["shards"]
-        return record["fingerprint"] == fingerprint(plan.identity) and all(
-            (out / shard.name).stat().st_size == shards[shard.name]["bytes"]
-            for shard in plan.shards
-        )
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return False
-
-
-@contextmanager
-def _staging(
-    out: Path, plan: Plan, files: list[str], *, overwrite: bool, fresh: bool
-) -> Iterator[tuple[Ledger, ShardWriter]]:
-    """The folder of the unfinished run: locked, with its ledger and the space for every shard."""
-    staging = out / STAGING
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise write_failed(staging, problem) from problem
-    with Lock(staging):
-        if fresh:
-            _forget(staging)
-        ledger = Ledger(staging / LEDGER, plan.identity)
-        writer = ShardWriter(out, plan.shards)
-        try:
-            done = _recover(out, plan, ledger)
-            if CLEARED not in ledger.events:
-                _refuse_occupied(out, plan, files, overwrite=overwrite)
-            _refuse_full(out, plan, done)
-            with opened(writer):
-                writer.reserve(done)
-                yield ledger, writer
-        finally:
-            ledger.close()
-
-
-def _forget(staging: Path) -> None:
-    for path in staging.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _recover(out: Path, plan: Plan, ledger: Ledger) -> set[int]:
-    """Shards that already have their names; forgets the receipts of shards whose bytes are gone."""
-    done: set[int] = set()
-    gone: set[int] = set()
-    for number, shard in enumerate(plan.shards):
-        if not staged(out, shard).exists():
-            (done if CLEARED in ledger.events and (out / shard.name).exists() else gone).add(number)
-        elif staged(out, shard).stat().st_size != shard.nbytes:
-            gone.add(number)
-    ledger.forget_shards(gone)
-    return done
-
-
-def _refuse_occupied(out: Path, plan: Plan, files: list[str], *, overwrite: bool) -> None:
-    planned = [*files, INDEX, PROVENANCE, *(shard.name for shard in plan.shards)]
-    found = occupants(out, planned)
-    if found and not overwrite:
-        raise OutputError(
-            f"{out} holds another checkpoint: {', '.join(found[:5])}"
-            f"{', ...' if len(found) > 5 else ''}.\n"
-            "  Give --overwrite to replace it once the new one is complete, or another place."
-        )
-
-
-def _refuse_full(out: Path, plan: Plan, done: set[int]) -> None:
-    """Refuse a disk that cannot hold the output, before anything is read."""
-    needed = _SPARE_BYTES
-    for number, shard in enumerate(plan.shards):
-        if number not in done:
-            part = staged(out, shard)
-            needed += shard.nbytes - (part.stat().st_blocks * 512 if part.exists() else 0)
-    room = os.statvfs(out)
-    if room.f_bavail * room.f_frsize < needed:
-        raise OutputError(
-            f"{out} has {room.f_bavail * room.f_frsize:,} bytes free; the output needs "
-            f"{needed:,} more.\n  Free some, or give another place."
-        )
-    if room.f_files > 0 and room.f_favail < len(plan.shards) + 64:
-        raise OutputError(f"{out} has room for {room.f_favail} more files; that is too few.")
-
-
 # --- checks before publishing -------------------------------------------------------------------
 
 
@@ -313,22 +192,50 @@ def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
     return donor, donor if tokenizer is None else sources[tokenizer]
 
 
-def _asset_names(plan: Plan, sources: Sources) -> list[str]:
-    copied = []
-    return ["config.json", "README.md", *copied]
+def _written_files(plan: Plan, sources: Sources) -> list[str]:
+    """Names of every file of the checkpoint that is not a shard or the index."""
+    donor, tokenizer = _donors(plan, sources)
+    copied = [name for _, name in assets.files_to_copy(donor, tokenizer)]
+    return [*copied, *(["config.json"] if donor.config else []), "README.md", RECIPE, PROVENANCE]
 
 
-def _assets(
+def _contents(
     plan: Plan, sources: Sources, checksums: Mapping[str, Mapping[str, object]]
 ) -> dict[str, bytes]:
-    """The content of every file of the checkpoint that is not a shard or the index."""
-    import json
+    """Their content."""
+    donor, tokenizer = _donors(plan, sources)
+    files: dict[str, bytes] = {}
+    for checkpoint, name in assets.files_to_copy(donor, tokenizer):
+        store = open_store(checkpoint.url)
+        files[name] = store.read(store.join(checkpoint.url, name))
+    outputs = plan.outputs
+    if donor.config:
+        config = assets.patched_config(
+            donor.config,
+            dtype=assets.written_dtype(outputs.tensors),
+            layer_count=outputs.layer_count,
+            layers=outputs.layers,
+            untied=outputs.untied,
+            vocab_size=outputs.vocab_size,
+        )
+        files["config.json"] = _json(config)
+    files["README.md"] = assets.model_card(plan.recipe, outputs, version=__version__).encode()
+    files[RECIPE] = assets.public_text(plan.recipe.text).encode()
+    files[PROVENANCE] = _json(
+        assets.provenance(
+            version=__version__,
+            fingerprint=fingerprint(plan.identity),
+            recipe=plan.recipe,
+            sources=sources,
+            shards=checksums,
+            notes=(*plan.recipe.notes, *outputs.notes),
+        )
+    )
+    return files
 
-    return {
-        PROVENANCE: json.dumps(
-            {"shards": checksums, "fingerprint": fingerprint(plan.identity)}
-        ).encode()
-    }
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _published(plan: Plan, *, already: bool) -> Published:
@@ -340,6 +247,3 @@ def _published(plan: Plan, *, already: bool) -> Published:
         already=already,
         notes=(*plan.recipe.notes, *plan.outputs.notes),
     )
-
-
-__all__ = ["DEFAULT_MEMORY_BYTES", "Outputs", "merge", "open_sources", "prepare"]

@@ -175,6 +175,10 @@ def layered_parts(
     last = len(recipe.slices) - 1
     tail = _outside(recipe, last, views, layouts, [name for name in outside if not outside[name]])
     _note_left_out(views, layouts, {*head.names, *tail.names}, findings)
+    embedding = input_embedding(views[donor])
+    if embedding and not output_embeddings(outside) and set(head.models) != set(tail.models):
+        last_models = mismatch.models(tail.models)
+        findings.note(f"also the output embedding, after layers of {last_models}", embedding)
     return [head, *before, tail], tuple(layers)
 
 

@@ -24,6 +24,7 @@ from shardmerge.sources import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
+RECIPE = "shardmerge_recipe.yml"
 CLEARED = "cleared"
 """Ledger event: nothing of an older checkpoint is left, so shards that have their names are ours."""
 _WEIGHTS = re.compile(
@@ -128,7 +129,7 @@ def clear(out: Path) -> None:
         return
     with contextlib.suppress(CheckpointError):
         names.update(open_checkpoint(str(out)).files)
-    names.update(("config.json", "README.md", PROVENANCE))
+    names.update(("config.json", "README.md", RECIPE, PROVENANCE))
     for name in sorted(names, key=lambda name: (not name.endswith(".index.json"), name)):
         (out / name).unlink(missing_ok=True)
     _sync_folder(out)

@@ -114,6 +114,7 @@ def rules(*texts: str) -> str:
         ("blocks.1.w", "blocks.", 1),
         ("model.layers.1.mlp.experts.63.up_proj.weight", "model.layers.", 1),
         ("0.weight", "", 0),
+        ("h.10", "h.", 10),
     ],
 )
 def test_place(name: str, prefix: str, layer: int) -> None:
@@ -126,6 +127,8 @@ def test_place(name: str, prefix: str, layer: int) -> None:
 def test_no_place() -> None:
     assert place_of("model.embed_tokens.weight") is None
     assert place_of("v2.proj1.weight") is None
+    assert place_of("h.01.weight") is None
+    assert place_of("h.\u0663.weight") is None
 
 
 def test_main_stack_is_the_configs_not_the_longest() -> None:
@@ -580,6 +583,12 @@ def test_tied_output_embedding_of_stacked_layers() -> None:
     assert not found.untied
 
 
+def test_tied_embeddings_of_stacked_layers_are_noted() -> None:
+    found = outputs(STACK, *(checkpoint(url, llama(4, head=False), {}) for url in "ab"))
+    assert HEAD not in by_name(found)
+    assert found.notes == (f"{EMBED}: also the output embedding, after layers of b",)
+
+
 # --- shapes and dtypes ----------------------------------------------------------------------------
 
 
@@ -704,6 +713,13 @@ def test_a_pattern_that_matches_nothing() -> None:
         checkpoint("b", llama()),
     )
     assert "Did you mean 'model.embed_tokens.weight'?" in text
+
+
+def test_nothing_left() -> None:
+    text = problem(
+        LINEAR + rules("tensors: '*', drop: true"), checkpoint("a", llama()), checkpoint("b", PLUS)
+    )
+    assert text.startswith("The rules drop every tensor")
 
 
 def test_taken_from_a_model_without_it() -> None:
@@ -833,3 +849,46 @@ def test_shards_are_numbered_without_gaps(shapes: Shapes, shards: int) -> None:
     found = outputs(text, model)
     assert sorted(set(found.shard_of)) == list(range(max(found.shard_of) + 1))
     assert [tensor.name for tensor in found.tensors] == list(shapes)
+
+
+NAME = st.lists(
+    st.one_of(st.integers(0, 12).map(str), st.text("abc[]*?\"'\\ é", min_size=1)), min_size=1
+).map(".".join)
+
+
+@given(st.lists(NAME, min_size=1, unique=True), st.lists(NAME, unique=True))
+def test_any_name_will_do(names: list[str], others: list[str]) -> None:
+    text = "merge_method: passthrough\nmodels: [{model: a}]\n"
+    found = outputs(text, checkpoint("a", dict.fromkeys(names, (2,)), {}))
+    assert [tensor.name for tensor in found.tensors] == names
+    a = checkpoint("a", dict.fromkeys(names, (2,)), {})
+    b = checkpoint("b", dict.fromkeys([names[0], *others], (3,)), {})
+    rule = problem(LINEAR, a, b).split("rules: ")[1]
+    rule = rule.partition("\n")[0]
+    if "..." not in rule:  # the rule that a message prints is one, and does what it says
+        found = outputs(f"{LINEAR}rules: {rule}\n", a, b)
+        assert {tensor.name for tensor in found.tensors} == {*names, *others}
+
+
+RANGES = st.tuples(st.integers(0, 3), st.integers(1, 4)).map(lambda r: (r[0], min(4, r[0] + r[1])))
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), RANGES), min_size=1, max_size=5))
+def test_stacks_are_the_layers_asked_for(stack: list[tuple[str, tuple[int, int]]]) -> None:
+    text = "merge_method: passthrough\nslices:\n" + "".join(
+        f"- sources: [{{model: {url}, layer_range: {list(layers)}}}]\n" for url, layers in stack
+    )
+    used = sorted({url for url, _ in stack})
+    found = outputs(text, *(checkpoint(url, llama(4), {}) for url in used))
+    expected = [(url, layer) for url, layers in stack for layer in range(*layers)]
+    for suffix in ("mlp.up_proj.weight", "self_attn.q_proj.weight"):
+        tensors = [t for t in found.tensors if t.name.endswith(suffix)]
+        assert [t.name for t in tensors] == [
+            f"model.layers.{i}.{suffix}" for i in range(len(expected))
+        ]
+        assert [(urls(t)[0], t.models[0].name) for t in tensors] == [
+            (url, f"model.layers.{layer}.{suffix}") for url, layer in expected
+        ]
+    assert found.layer_count == len(expected)
+    assert urls(by_name(found)[EMBED]) == [stack[0][0]]
+    assert urls(by_name(found)[HEAD]) == [stack[-1][0]]

@@ -30,7 +30,7 @@ ORDER = [
     ["shards"],
     ["ledger", "work"],
     ["executors.api", "executors.local", "publish", "progress"],
-    ["execute", "describe"],
+    ["execute", "describe", "staging"],
     ["merge"],
     ["cli"],
     ["__main__", "testing"],
