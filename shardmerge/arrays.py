@@ -38,7 +38,8 @@ def merge_arrays(
     Returns:
         nested lists of floats, of the same shape.
     """
-    everything = [*([] if base is None else [base]), *models, *sum(map(list, extras.values()), [])]
+    first = [] if base is None else [base]
+    everything = [*first, *models, *(array for extra in extras.values() for array in extra)]
     arrays = [np.ascontiguousarray(array, dtype=np.float32) for array in everything]
     inputs = Inputs(
         base=None if base is None else DType.F32,

@@ -81,8 +81,8 @@ def patched_config(
         if dequantised:
             for key in _QUANTISATION:
                 section.pop(key, None)
-        if vocab_size is not None and (section is patched or "vocab_size" in section):
-            _set_where(section, "vocab_size", vocab_size)
+        if vocab_size is not None and "vocab_size" in section:
+            section["vocab_size"] = vocab_size
         if untied:
             section["tie_word_embeddings"] = False
         if layers is not None and old_count is not None:
@@ -131,12 +131,6 @@ def _set_known_dtype(section: dict[str, object], dtype: DType) -> None:
             section[key] = dtype.torch_name
         elif isinstance(value, dict) and key not in _QUANTISATION:
             _set_known_dtype(value, dtype)
-
-
-def _set_where(section: dict[str, object], key: str, value: object) -> None:
-    """Set a key that is there; one that is not belongs to another section."""
-    if key in section:
-        section[key] = value
 
 
 # --- what a config says per layer ---------------------------------------------------------------

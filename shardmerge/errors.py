@@ -1,6 +1,6 @@
 """Every exception that shardmerge raises on purpose.
 
-    ShardmergeError              exit 1   something a user can act on; the message says what, why and what to do
+    ShardmergeError              exit 1   something that a user can mend; its message says how
     ├── RecipeError              exit 2   the recipe is wrong; carries every problem that was found
     ├── UsageError               exit 2   the command line is wrong
     ├── CheckpointError          exit 1   an input checkpoint cannot be read as it is
@@ -12,7 +12,7 @@
     │   └── SourceChangedError   exit 1   an input changed while it was being merged
     ├── OutputError              exit 1   the output place cannot be used
     │   ├── LockedError          exit 1   another run is writing there
-    │   └── LedgerMismatchError  exit 1   the unfinished run there belongs to another recipe or other sources
+    │   └── LedgerMismatchError  exit 1   the unfinished run there is another's
     ├── VerifyError              exit 1   a published checkpoint is not what its provenance says
     └── Stopped                  exit 3   stopped by the user; the same command goes on from here
 
@@ -31,7 +31,7 @@ class ShardmergeError(Exception):
 
 
 class RecipeError(ShardmergeError):
-    """A recipe that cannot be merged; ``problems`` lists everything found wrong, not only the first."""
+    """A recipe that cannot be merged; ``problems`` lists everything found wrong."""
 
     exit_code = 2
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from shardmerge.header import write_header
 from shardmerge.numerics import CANONICAL_BLOCK, DType
 
 PART_BYTES = 64 * 2**20
-"""Bytes of a part, about: enough that a receipt and a request are cheap, few enough to lose little."""
+"""Bytes of a part, about: a receipt and a request are cheap, and little is lost with one."""
 LEAST_PART_BYTES = 5 * 2**20
 """S3's least for every part of an upload but the last."""
 MOST_PARTS = 9_000
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive bytes ``[start, stop)`` of a shard, written by one task; part 0 begins with the header."""
+    """Bytes ``[start, stop)`` of a shard, written by one task; part 0 begins with the header."""
 
     shard: int
     number: int
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Consecutive parts that hold whole tensors: the least that a task can compute from one read."""
+    """Consecutive parts that hold whole tensors: what a task can compute from one read."""
 
     parts: tuple[Part, ...]
 
@@ -112,7 +112,7 @@ def lay_out(
 
     Args:
         tensors: in output order.
-        shard_of: the shard of each tensor (of the base model's), used where ``shard_bytes`` is None.
+        shard_of: the shard of each tensor, used where ``shard_bytes`` is None.
         shard_bytes: the most bytes of tensors in a shard; one tensor may exceed it alone.
     """
     groups = _by_number(shard_of) if shard_bytes is None else _by_size(tensors, shard_bytes)
@@ -199,6 +199,4 @@ def _cut(whole: Piece, itemsize: int, part_bytes: int) -> list[Piece]:
     count = math.ceil(whole.stop * itemsize / part_bytes)
     blocks = math.ceil(whole.stop / CANONICAL_BLOCK)
     edges = [round(i * blocks / count) * CANONICAL_BLOCK for i in range(count)] + [whole.stop]
-    return [
-        Piece(whole.tensor, start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [Piece(whole.tensor, start, stop) for start, stop in pairwise(edges)]

@@ -32,7 +32,7 @@ def fingerprint(identity: Mapping[str, str]) -> str:
 
 
 class Lock:
-    """The right to write to one OUT; the kernel gives it back when the process ends, however it ends."""
+    """The right to write to one OUT; the system gives it back when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK

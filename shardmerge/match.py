@@ -112,7 +112,7 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
     if not tensors and not findings.problems:
         text = "The rules drop every tensor, so there is nothing to write. Narrow their patterns."
         findings.problem(mismatch.Plain(text))
-    for head in tied.keys() & tensors.keys():
+    for head in (head for head in tied if head in tensors):
         text = f"tied to the token embedding in {mismatch.models(tied[head])}; stored in the output"
         findings.note(text, head)
     findings.check(universe)

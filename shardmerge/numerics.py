@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 CANONICAL_BLOCK = 65_536
-"""Elements per partial sum. Float summaries are summed over these blocks of the flat index and the blocks are
-combined exactly, so that the result does not depend on how a tensor was cut into tiles."""
+"""Elements per partial sum. Float summaries are summed over these blocks of the flat index and the
+blocks are combined exactly, so that the result does not depend on how a tensor was cut."""
 
 
 class DType(enum.Enum):
@@ -45,6 +45,7 @@ class DType(enum.Enum):
     BOOL = ("BOOL", 1, "bool", False)
 
     def __new__(cls, code: str, itemsize: int, torch_name: str, is_float: bool) -> DType:
+        """A member whose value is its safetensors name."""
         member = object.__new__(cls)
         member._value_ = code
         member.itemsize = itemsize
@@ -62,7 +63,7 @@ DTYPE_BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType}
 
 
 def promote(dtypes: Iterable[DType]) -> DType:
-    """The smallest floating dtype that holds every value of ``dtypes`` (bfloat16 with float16 gives float32).
+    """The smallest floating dtype that holds every value of ``dtypes``: of both halves, float32.
 
     Args:
         dtypes: at least one floating dtype.
@@ -80,7 +81,7 @@ def promote(dtypes: Iterable[DType]) -> DType:
     return halves.pop() if len(halves) == 1 else DType.F32
 
 
-# --- random numbers -------------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------------
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -107,7 +108,8 @@ def philox4x32(counter: npt.NDArray[np.uint32], key: int) -> npt.NDArray[np.uint
         key: 64 bits.
     Returns:
         shape [n, 4].
-    Reference: Salmon, Moraes, Dror, Shaw. Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011, section 4.3.
+    Reference: Salmon, Moraes, Dror, Shaw. Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011,
+        section 4.3.
     """
     c0, c1, c2, c3 = (counter[:, word].astype(np.uint64) for word in range(4))
     k0, k1 = key & 0xFFFFFFFF, key >> 32
@@ -138,15 +140,15 @@ def philox_stream(key: int, first: int, count: int) -> npt.NDArray[np.uint32]:
     return philox4x32(counter, key).reshape(-1)[first % 4 :][:count]
 
 
-# --- exact sums -----------------------------------------------------------------------------------------------
+# --- exact sums ---------------------------------------------------------------------------------
 
 
 def combine_blocks(blocks: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """Sums of each column of ``blocks`` [number of blocks, sums], rounded once: any order gives the same bits."""
+    """Sums of the columns of ``blocks`` [blocks, sums], rounded once; the order does not matter."""
     return tuple(math.fsum(column) for column in blocks.T)
 
 
-# --- checksums ------------------------------------------------------------------------------------------------
+# --- checksums ----------------------------------------------------------------------------------
 
 _CRC32_POLYNOMIAL = 0xEDB88320
 

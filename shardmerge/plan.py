@@ -204,7 +204,7 @@ def _over_model(method: Method) -> bool:
 
 
 def _check_same(name: str, members: Sequence[int], tensors: Sequence[OutputTensor]) -> None:
-    """Refuse parameters that a decision over the model reads and that differ between its tensors."""
+    """Refuse parameters that differ between tensors where one decision over the model reads them."""
     first = tensors[members[0]]
     info = info_of(first.method)
     fields = {field for step in info.passes for field in step.same}
@@ -253,7 +253,7 @@ def element_bytes(refs: Sequence[TensorRef]) -> int:
 
 
 def tile_elements(tensor: OutputTensor, budget_bytes: int) -> int:
-    """Elements of a tile: a multiple of the canonical block, as large as the budget and caches allow."""
+    """Elements of a tile: whole canonical blocks, as many as the budget and the caches allow."""
     per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
     blocks = (budget_bytes - _summary_bytes(tensor)) // (per_element * CANONICAL_BLOCK)
     return max(1, min(blocks, TILE_ELEMENTS // CANONICAL_BLOCK)) * CANONICAL_BLOCK
@@ -289,7 +289,7 @@ def _resident_bytes(tensor: OutputTensor) -> int:
 
 
 def _share_memory(tensors: Sequence[OutputTensor], memory_bytes: int, cpus: int) -> tuple[int, int]:
-    """Number of workers and the memory of each: two per CPU, so that some read and write meanwhile."""
+    """Number of workers and the memory of each: two per CPU, so that some do I/O meanwhile."""
     least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
     for workers in range(2 * cpus, 0, -1):
         share = (memory_bytes - FOOTPRINT_BYTES) // workers
@@ -414,7 +414,7 @@ class _Planner:
         )
 
     def _needs(self, tensors: set[int], step: Pass, only: Over | None) -> tuple[str, ...]:
-        """Keys of the decisions that ``step`` takes for these tensors (only those over ``only``)."""
+        """Keys of the decisions that ``step`` takes for these tensors (those over ``only``)."""
         found = set()
         for tensor in tensors:
             method = self._tensors[tensor].method

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
 RECIPE = "shardmerge_recipe.yml"
 CLEARED = "cleared"
-"""Ledger event: nothing of an older checkpoint is left, so shards that have their names are ours."""
+"""Ledger event: nothing of an older checkpoint is left; shards that have their names are ours."""
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|model.*\.gguf"
 )

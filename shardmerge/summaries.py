@@ -1,4 +1,4 @@
-"""What measuring passes give, added up in any order to the same bits, and settled into decisions."""
+"""What measuring passes give, added up in any order to the same bits, and settled."""
 
 from __future__ import annotations
 

@@ -121,9 +121,7 @@ def test_float64_is_rounded_once(dtype, mantissa, least):
 def test_non_finite_inputs_and_results_are_told_apart(dtype):
     count = 3 * LANES + 5
     double = dtype is DType.F64
-    kernel = compile_map(
-        source(0, double=double) * source(1, double=double), [dtype, dtype], dtype
-    )
+    kernel = compile_map(source(0, double=double) * source(1, double=double), [dtype, dtype], dtype)
     one = {DType.BF16: 0x3F80, DType.F16: 0x3C00}.get(dtype, 1)
     nan = {DType.BF16: 0x7FC0, DType.F16: 0x7E00}.get(dtype, np.nan)
     infinity = {DType.BF16: 0xFF80, DType.F16: 0xFC00}.get(dtype, -np.inf)

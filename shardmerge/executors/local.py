@@ -1,4 +1,4 @@
-"""Tasks on threads of this process: kernels, reads and writes all run without the interpreter lock."""
+"""Tasks on threads of this process; kernels, reads and writes run without the interpreter lock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardmerge.work import Decided, Done, Stopping, Worker
 
 
 class LocalExecutor:
-    """Worker threads, each with its own memory; at most ``plan.kernels`` of them compute at a time."""
+    """Worker threads with memory of their own; at most ``plan.kernels`` compute at a time."""
 
     def __init__(self, plan: Plan, writer: ShardWriter) -> None:
         self.slots = plan.workers + 1

@@ -27,7 +27,7 @@ KERNEL_DTYPES = (DType.BF16, DType.F16, DType.F32, DType.F64)
 """What a kernel reads and writes; other dtypes are decoded to float32 before it runs."""
 
 OUTPUT_BIT = 63
-"""Bit of a map's answer that says that the output holds NaN or infinity; bit k says it of input k."""
+"""Bit of a map's answer: the output holds NaN or infinity; bit k says it of input k."""
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _F64 = ir.DoubleType()
@@ -303,7 +303,7 @@ def compile_totals(totals: Totals, dtypes: Sequence[DType]) -> Kernel:
 
 
 def compile_histograms(histograms: Histograms, dtypes: Sequence[DType]) -> Kernel:
-    """A kernel that adds to u32 counts of shape [keys, 65536], at most 2**32 - 1 elements in all."""
+    """A kernel that adds to u32 counts of shape [keys, 65536], of at most 2**32 - 1 elements."""
     only = histograms.only or (None,) * len(histograms.keys)
     results = [*histograms.keys, *(histograms.only or ())]
     loop, inputs = _Loop(results, dtypes), inputs_of(results)

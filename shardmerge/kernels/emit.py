@@ -23,7 +23,7 @@ _INFINITY = {DType.F32: 0x7F800000, DType.F64: 0x7FF0000000000000}
 
 
 class Emitter:
-    """Writes the instructions of expressions for ``lanes`` consecutive elements from ``index`` on."""
+    """Writes the instructions of expressions for ``lanes`` elements from ``index`` on."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class Emitter:
     # results
 
     def store(self, value: ir.Value, pointer: ir.Value, dtype: DType) -> ir.Value:
-        """Round ``value`` once to ``dtype`` and write it; gives whether NaN or infinity was written."""
+        """Round ``value`` once to ``dtype`` and write it; gives whether that is NaN or infinity."""
         stored = _STORED[dtype]
         if dtype in (DType.BF16, DType.F16):
             single = self._round_to_odd(value)
@@ -232,7 +232,7 @@ class Emitter:
         return bad
 
     def _round_to_odd(self, value: ir.Value) -> ir.Value:
-        """Bits of ``value`` as float32; from float64 rounded to odd: the next rounding is the only one.
+        """Bits of ``value`` as float32; from float64 rounded to odd, for one more rounding.
 
         Reference: Boldo, Melquiond. Emulation of FMA and correctly rounded sums: proved algorithms
         using rounding to odd. IEEE Transactions on Computers 57(4), 2008.

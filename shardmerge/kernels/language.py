@@ -249,7 +249,7 @@ class Tile:
         return tuple(model - self.reference for model in self.models)
 
     def random(self, model: int) -> Expr:
-        """A uniform u32 of Philox4x32-10, counted by the flat index, keyed by seed, model and tensor."""
+        """A uniform u32 that depends on seed, model, tensor and the element's flat index alone."""
         return Expr("random", Type.U32, (), model)
 
 

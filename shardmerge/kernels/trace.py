@@ -1,7 +1,7 @@
 """A pass of a method and the dtypes of a task, to a compiled kernel and the numbers it is run with.
 
-The pass is called once with symbols in the place of tiles, of the recipe's numbers and of decisions,
-so one kernel serves every layer whatever its weights are.
+The pass is called once with symbols in the place of tiles, of the recipe's numbers and of
+decisions, so one kernel serves every layer whatever its weights are.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def numbers_of(method: Method, step: Pass, decisions: Decisions) -> npt.NDArray[
 def _substitute(
     method: Method, step: Pass, decisions: Decisions, replace: Callable[[float], S]
 ) -> tuple[Method, list[tuple[S, ...] | None]]:
-    """The method and the decisions that ``step`` takes, with every float replaced, in fixed order."""
+    """The method and the decisions that ``step`` takes, every float replaced, in fixed order."""
     symbolic = object.__new__(type(method))
     for item in dataclasses.fields(method):
         value = getattr(method, item.name)

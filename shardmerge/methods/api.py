@@ -1,4 +1,4 @@
-"""What a merge method is made of. A method imports this module (and ``numerics``), nothing else of ours.
+"""What a merge method is made of. A method imports this module, and nothing else of ours.
 
 A method is one file and one class: its fields are its parameters, its methods are its passes, its
 docstring is its page.
@@ -10,9 +10,10 @@ docstring is its page.
         @merges
         def merge(self, tile: Tile) -> Expr: ...
 
-Passes run in this order: each ``@measure`` reads every element and keeps a summary, each ``@settle``
-turns summaries into a decision (a few numbers), and the one ``@merges`` reads again and writes. A
-pass asks for an earlier result by naming it as an argument; a wrong name is refused at import.
+Passes run in this order: each ``@measure`` reads every element and keeps a summary, each
+``@settle`` turns summaries into a decision (a few numbers), and the one ``@merges`` reads again and
+writes. A pass asks for an earlier result by naming it as an argument; a wrong name is refused at
+import.
 """
 
 from __future__ import annotations

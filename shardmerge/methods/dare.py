@@ -37,7 +37,7 @@ class Rescale(enum.Enum):
     """How kept elements make up for the dropped ones."""
 
     L1 = "l1"
-    """The task vector's sum of magnitudes is restored, per tensor (mergekit's ``rescale: true``)."""
+    """Each tensor's sum of magnitudes is restored (mergekit's ``rescale: true``)."""
     INV_KEEP = "inv_keep"
     """Divided by density: the expectation is restored (the paper)."""
     NONE = "none"

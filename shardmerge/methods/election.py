@@ -38,7 +38,7 @@ def elected_sum(
 def elected_sum_formula(
     weighted: Floats, weights: Floats, *, normalize: bool, sign: Floats
 ) -> Floats:
-    """The same on whole arrays: ``weighted`` [models, ...], ``weights`` [models], ``sign`` [...]."""
+    """On whole arrays: ``weighted`` [models, ...], ``weights`` [models], ``sign`` [...]."""
 
     agrees = np.sign(weighted) == sign
     total: Floats = (weighted * agrees).sum(axis=0)

@@ -44,8 +44,8 @@ class Ties:
     """Merge task vectors by trimming, sign election and disjoint mean.
 
     Each task vector keeps its ``density`` largest magnitudes. Per element, the sign with the larger
-    weighted sum is elected; the values of that sign are averaged by weight, scaled by ``lambda`` and
-    added to the base model.
+    weighted sum is elected; the values of that sign are averaged by weight, scaled by ``lambda``
+    and added to the base model.
 
         merged = base + lambda * sum_k(w_k * trim(delta_k) * [sign agrees]) / sum_k(w_k * [agrees])
 

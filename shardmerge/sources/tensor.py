@@ -1,6 +1,6 @@
 """Tensor references: where a tensor's bytes lie, and how they become elements.
 
-Everything that a recipe can name as a model ends as a map from names to these, whatever it is on disk.
+Whatever a recipe names as a model, it ends as a map from names to these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shardmerge.numerics import DType
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``nbytes`` bytes from ``offset`` of the object at ``url``: consecutive elements of one tensor."""
+    """``nbytes`` bytes from ``offset`` of the object at ``url``: consecutive elements."""
 
     url: str
     offset: int
@@ -23,10 +23,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class BlockScale:
-    """Decoding of block-scaled fp8: element [i, j] is ``stored[i, j] * scale[i // rows, j // columns]``.
+    """Block-scaled fp8: element [i, j] is ``stored[i, j] * scale[i // rows, j // columns]``.
 
     ``scale`` is a float32 or bfloat16 matrix of shape [ceil(m / rows), ceil(n / columns)].
-    Source: DeepSeek-V3 technical report (arXiv:2412.19437), section 3.3; ``weight_scale_inv`` in its checkpoints.
+    Reference: DeepSeek-V3 technical report. 2024. arXiv:2412.19437, section 3.3.
     """
 
     scale: TensorRef
@@ -78,7 +78,7 @@ def ranges(tensor: TensorRef, start: int, stop: int) -> list[Segment]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint as a map from names to tensors, with the small files beside it. Nothing of it is in memory.
+    """A checkpoint as a map from names to tensors; none of their bytes are in memory.
 
     Args:
         url: as the recipe names it (a local folder or file, later other schemes).
@@ -86,10 +86,10 @@ class Checkpoint:
         shard_of: for each tensor, the number of its shard, from 0, in the order of ``shards``.
         shards: file names of the shards, in name order.
         config: parsed ``config.json``, or an empty map where there is none.
-        files: names of the other files that a copy of this checkpoint needs (tokenizer, generation config,
-            chat template, processor, custom code, ...), in name order; never weights.
-        ignored: names in the folder that hold weights and are not read (``consolidated.*``, ``*.bin``, ...).
-        versions: for each shard, index and config that was read, a text that changes when the file does.
+        files: names of the other files that a copy of this checkpoint needs (tokenizer, generation
+            config, chat template, processor, custom code, ...), in name order; never weights.
+        ignored: names in the folder that hold weights and are not read (``consolidated.*``, ...).
+        versions: for each shard, index and config that was read, a text that changes with it.
     """
 
     url: str

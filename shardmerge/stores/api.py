@@ -2,10 +2,10 @@
 
 Promises, which ``testing.StoreSuite`` checks for every store:
 
-- ``read_into`` fills the whole buffer with exactly the bytes asked for, or raises; it never returns less.
+- ``read_into`` fills the whole buffer with exactly the bytes asked for, or raises.
 - ``stat().version`` changes whenever the object's content may have changed.
-- ``names`` lists plain names in name order: files and the folders directly below, folders with a trailing ``/``.
-- every failure is a ``StoreError`` that names the object and says what to do; never a bare ``OSError``.
+- ``names`` lists plain names in name order, files and folders, these with a trailing ``/``.
+- every failure is a ``StoreError`` that names the object and says what to do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Store(Protocol):
     """A place that holds objects named by URLs."""
 
     def stat(self, url: str) -> Stat | None:
-        """Size and version of the object at ``url``; None where there is no such object (a folder is none)."""
+        """Size and version of the object at ``url``; None where there is none (or a folder)."""
 
     def is_folder(self, url: str) -> bool:
         """Whether ``url`` names an existing folder."""
@@ -38,7 +38,7 @@ class Store(Protocol):
         """The URL of ``name`` in the folder ``url``."""
 
     def read_into(self, url: str, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes from ``offset`` on. Raises StoreError for fewer bytes or a failure."""
+        """Fill ``buffer`` with the bytes from ``offset`` on; StoreError if there are fewer."""
 
     def read(self, url: str) -> bytes:
         """All bytes of a small object."""

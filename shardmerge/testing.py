@@ -1,0 +1,460 @@
+"""Suites that every plug-in must pass, shipped so that a new one has them for free.
+
+    check_method("ties")        laws of merge methods: one by one in ``METHOD_LAWS``
+
+They need hypothesis, which is imported only when a suite runs. A failure names the law, and prints
+the case that broke it: parameters, dtypes, shape, kind of numbers and seed make it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import enum
+import inspect
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmerge import arrays, methods
+from shardmerge.arrays import Raw, merge_arrays, merge_raw
+from shardmerge.kernels.compile import LANES, OUTPUT_BIT, Kernel
+from shardmerge.kernels.trace import Inputs, Kernels
+from shardmerge.methods.api import (
+    ORACLES,
+    Base,
+    Decisions,
+    Floats,
+    Kind,
+    Method,
+    MethodInfo,
+    Over,
+    Parameter,
+    Pass,
+    describe,
+    info_of,
+    problems_of,
+)
+from shardmerge.numerics import CANONICAL_BLOCK, DType, philox_key, philox_stream
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+# --- stored numbers -----------------------------------------------------------------------------
+
+Mask = npt.NDArray[np.bool_]
+
+HALF_ULP = {DType.BF16: 2.0**-8, DType.F16: 2.0**-11, DType.F32: 2.0**-24, DType.F64: 2.0**-53}
+"""Largest error of one rounding, relative to a normal number."""
+_LEAST = {DType.BF16: 2.0**-134, DType.F16: 2.0**-25, DType.F32: 2.0**-150, DType.F64: 0.0}
+_LARGEST = {DType.BF16: 3.3e38, DType.F16: 65_000.0, DType.F32: 3.4e38, DType.F64: 1.7e308}
+
+
+def stored(values: Floats, dtype: DType) -> Raw:
+    """Values as a flat array of ``dtype``, as a kernel reads them."""
+    flat = np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
+    if dtype is DType.F64:
+        return flat.copy()
+    if dtype is DType.F16:
+        return flat.astype(np.float16).view(np.uint16)
+    single = flat.astype(np.float32)
+    if dtype is DType.F32:
+        return single
+    bits = single.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def loaded(raw: Raw, dtype: DType) -> Floats:
+    """The values of a stored array, as float64."""
+    if dtype is DType.BF16:
+        bits = raw.view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).astype(np.float64)
+    kind = {DType.F16: np.float16, DType.F32: np.float32, DType.F64: np.float64}[dtype]
+    return raw.view(kind).astype(np.float64)
+
+
+# --- cases --------------------------------------------------------------------------------------
+
+
+class Numbers(enum.Enum):
+    """What inputs and parameters are made of."""
+
+    WHOLE = "whole"
+    """Small integers, and parameters that are multiples of 1/4: sums and products are exact, equal
+    magnitudes and sums of zero are common, and a formula and a kernel must decide them alike."""
+    ROUGH = "rough"
+    """Any numbers, so that everything is rounded."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge.
+
+    Args:
+        output: dtype that is written.
+        shape: of the tensor.
+        values: of every input, in the order of ``inputs.dtypes``: what its dtype can hold.
+        seed: that ``values`` were made from.
+    """
+
+    method: Method
+    inputs: Inputs
+    output: DType
+    shape: tuple[int, ...]
+    numbers: Numbers
+    seed: int
+    values: tuple[Floats, ...] = field(repr=False)
+
+    @property
+    def info(self) -> MethodInfo:
+        """Of the method."""
+        return info_of(self.method)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def wide(self) -> bool:
+        """Whether kernels compute in float64."""
+        return DType.F64 in self.inputs.dtypes
+
+    @property
+    def base(self) -> Floats | None:
+        """Of the base model."""
+        return None if self.inputs.base is None else self.values[0]
+
+    @property
+    def models(self) -> tuple[Floats, ...]:
+        """Of each model."""
+        first = 0 if self.inputs.base is None else 1
+        return self.values[first : first + len(self.inputs.models)]
+
+    @property
+    def extras(self) -> dict[str, tuple[Floats, ...]]:
+        """Of each further checkpoint, by kind."""
+        rest = iter(self.values[-sum(len(kinds) for _, kinds in self.inputs.extras) :])
+        return {name: tuple(itertools.islice(rest, len(k))) for name, k in self.inputs.extras}
+
+    def arrays(self) -> list[Raw]:
+        """The inputs as they are stored."""
+        return list(map(stored, self.values, self.inputs.dtypes))
+
+    def run(self, *, tile: int = 64 * CANONICAL_BLOCK, seed: int = 0) -> tuple[bytes, int]:
+        """The bytes that are written, and which inputs hold NaN or infinity."""
+        merged, flags = merge_raw(
+            self.method, self.inputs, self.arrays(), output=self.output, tile=tile, seed=seed
+        )
+        return merged.tobytes(), flags
+
+    def merged(self) -> Floats:
+        """The values that are written."""
+        written, flags = self.run()
+        assert flags == 0, f"finite inputs are said to hold NaN or infinity: {flags:#x}"
+        return loaded(np.frombuffer(written, dtype=np.uint8), self.output).reshape(self.shape)
+
+    def expected(self) -> Floats:
+        """What the method's formula gives."""
+        given: dict[str, object] = {
+            item.name: getattr(self.method, item.name) for item in self.info.parameters
+        }
+        if self.info.random:
+            given["keep"] = self.kept()
+        with np.errstate(all="ignore"):
+            found = ORACLES[self.info.name](self.base, self.models, **given, **self.extras)
+        return np.asarray(found, dtype=np.float64)
+
+    def kept(self) -> list[Mask]:
+        """The elements that a method keeps at random, of each model."""
+        streams = [
+            philox_stream(philox_key(0, position, "tensor"), 0, self.size).reshape(self.shape)
+            for position in range(len(self.models))
+        ]
+        return [
+            stream < share * 2.0**32
+            for stream, share in zip(streams, self.method.density, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What kernels are compiled for: everything about a case but its numbers."""
+
+    inputs: Inputs
+    output: DType
+    statics: Mapping[str, bool | enum.Enum]
+
+
+_FORMATS = (
+    ((DType.F32,) * 2, DType.F32),
+    ((DType.BF16,) * 4, DType.BF16),
+    ((DType.F16,) * 3, DType.F16),
+    ((DType.BF16, DType.F16, DType.F32, DType.BF16), DType.F32),
+    ((DType.F64,) * 3, DType.F64),
+    ((DType.F32,) * 3, DType.BF16),
+)
+"""Dtypes of a base model and models, and what is written."""
+
+
+@cache
+def setups(info: MethodInfo) -> tuple[Setup, ...]:
+    """Setups in which each format, and each combination of bools and Enums, occurs.
+
+    They are not multiplied: compiling a kernel takes longer than all examples that it is run on.
+    """
+    switches = _switches(info)
+    count = max(len(_FORMATS), len(switches))
+    pairs = zip(
+        itertools.islice(itertools.cycle(_FORMATS), count),
+        itertools.islice(itertools.cycle(switches), count),
+        strict=True,
+    )
+    return tuple(_setup(info, *format_, statics) for format_, statics in pairs)
+
+
+def _setup(
+    info: MethodInfo,
+    dtypes: Sequence[DType],
+    output: DType,
+    statics: Mapping[str, bool | enum.Enum],
+) -> Setup:
+    least, most = info.models
+    models = tuple(itertools.islice(itertools.cycle(dtypes[1:]), max(least, len(dtypes) - 1)))
+    models = models[:most]
+    base = dtypes[0] if info.base is Base.REQUIRED else None
+    extras = tuple((kind, models) for kind in info.extras)
+    return Setup(Inputs(base, models, extras), output, statics)
+
+
+def _switches(info: MethodInfo) -> list[dict[str, bool | enum.Enum]]:
+    """Every combination of bools and Enums that the method accepts."""
+    switches = [item for item in info.parameters if item.kind is not float]
+    choices = [(True, False) if item.kind is bool else tuple(item.kind) for item in switches]
+    found = []
+    for chosen in itertools.product(*choices):
+        statics = dict(zip([item.name for item in switches], chosen, strict=True))
+        plain = {p.name: (1.0,) if p.per_model else 1.0 for p in info.parameters}
+        if not problems_of(info.cls(**plain | statics)):
+            found.append(statics)
+    return found
+
+
+def numbers_for(item: Parameter, numbers: Numbers) -> SearchStrategy[float]:
+    """Values that a parameter's own check accepts."""
+    from hypothesis import strategies as st
+
+    # Thousandths: sums are either rounded to next to nothing, or far from it.
+    wanted = st.integers(-3000, 3000) | st.integers(0, 1000)
+    if numbers is Numbers.WHOLE:
+        wanted = st.integers(-8, 8).map(lambda n: 250 * n) | st.sampled_from([0, 250, 500, 1000])
+    return wanted.map(lambda n: n / 1000).filter(lambda value: item.check(value) is None)
+
+
+def parameters_for(
+    info: MethodInfo, setup: Setup, numbers: Numbers, fixed: Mapping[str, float | bool]
+) -> SearchStrategy[Method]:
+    """The method with any parameters, but for those in ``fixed``."""
+    from hypothesis import strategies as st
+
+    chosen: dict[str, SearchStrategy[object]] = {}
+    for item in info.parameters:
+        value: SearchStrategy[float | bool | enum.Enum]
+        if item.name in fixed:
+            value = st.just(fixed[item.name])
+        elif item.name in setup.statics:
+            value = st.just(setup.statics[item.name])
+        else:
+            value = numbers_for(item, numbers)
+        chosen[item.name] = st.tuples(*[value] * _models(setup)) if item.per_model else value
+    return st.builds(info.cls, **chosen)
+
+
+def _models(setup: Setup) -> int:
+    return len(setup.inputs.models)
+
+
+SMALL = ((), (0,), (1,), (LANES - 1,), (LANES,), (LANES + 1,), (7, 5), (3, 4, 5), (1000,))
+AROUND_BLOCK = tuple((CANONICAL_BLOCK + more,) for more in (-1, 0, 1))
+SHAPES = SMALL * 4 + AROUND_BLOCK
+SEVERAL_BLOCKS = ((2 * CANONICAL_BLOCK + 1,), (3, CANONICAL_BLOCK), (4 * CANONICAL_BLOCK - 7,))
+
+
+def cases(
+    info: MethodInfo,
+    *,
+    numbers: Iterable[Numbers] = Numbers,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    among: Sequence[Setup] | None = None,
+    fixed: Mapping[str, float | bool] | None = None,
+) -> SearchStrategy[Case]:
+    """Merges of a method.
+
+    Args:
+        among: setups to choose from; all where not given.
+        fixed: parameters that are not to vary.
+    """
+    from hypothesis import assume
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: DrawFn) -> Case:
+        setup = draw(st.sampled_from(setups(info) if among is None else among))
+        kind = draw(st.sampled_from(list(numbers)))
+        method = draw(parameters_for(info, setup, kind, fixed or {}))
+        assume(not problems_of(method) and (kind is Numbers.WHOLE or not _cancel(method)))
+        shape, seed = draw(st.sampled_from(shapes)), draw(st.integers(0, 2**32 - 1))
+        values = _values(setup, shape, kind, np.random.default_rng(seed))
+        return Case(method, setup.inputs, setup.output, shape, kind, seed, values)
+
+    return draw_case()
+
+
+def _cancel(method: Method) -> bool:
+    """Whether weights of some models cancel: then rounding decides, which only WHOLE excludes."""
+    tuples = [value for value in vars(method).values() if isinstance(value, tuple)]
+    return any(
+        abs(sum(chosen)) < 1e-6
+        for values in tuples
+        for count in range(2, len(values) + 1)
+        for chosen in itertools.combinations(values, count)
+        if any(chosen)
+    )
+
+
+def _values(
+    setup: Setup, shape: tuple[int, ...], numbers: Numbers, rng: np.random.Generator
+) -> tuple[Floats, ...]:
+    """Values of every input. Extras are positive, as Fisher information is."""
+    extras = sum(len(kinds) for _, kinds in setup.inputs.extras)
+    dtypes = setup.inputs.dtypes
+    scale = rng.choice([0.02, 1.0]) if DType.F16 in dtypes else rng.choice([0.02, 1.0, 30.0])
+    apart, common = rng.choice([0.05, 1.0]), rng.standard_normal(shape)
+    found = []
+    for number, dtype in enumerate(dtypes):
+        extra = number >= len(dtypes) - extras
+        if numbers is Numbers.WHOLE:
+            values = rng.integers(1 if extra else -4, 5, shape).astype(np.float64)
+        elif extra:
+            values = np.exp(2 * rng.standard_normal(shape))
+        else:
+            changed = rng.random(shape) < 0.9
+            values = scale * (common + apart * changed * rng.standard_normal(shape))
+        found.append(loaded(stored(values, dtype), dtype).reshape(shape))
+    return tuple(found)
+
+
+# --- what float32 leaves open -------------------------------------------------------------------
+
+_STEP = 2.0**-30
+_DECISION = 2.0**20
+
+
+def bound(case: Case, expected: Floats) -> Floats:
+    """How far rounding may move each element, from how the formula moves with each of its numbers.
+
+    Each input and parameter is changed by a small share: what comes of it, and nothing else, is
+    what a rounding of that size can do. A change out of all proportion is a decision (a sign, a
+    threshold) that fell the other way; decisions are not errors of rounding and count nothing.
+    """
+    step = np.float64(_STEP)
+    slopes = np.abs(expected)
+    for changed in _changed(case, 1.0 + _STEP):
+        with np.errstate(all="ignore"):
+            response = np.abs(changed.expected() - expected) / step
+        slopes = slopes + np.where(response < _DECISION, response, 0.0)
+    # Whole numbers are there for decisions; formulas may be ill-conditioned on them.
+    roundings = 1024.0 if case.numbers is Numbers.WHOLE else 16.0
+    if case.wide:
+        roundings += math.sqrt(case.size)  # float64 sums over elements are rounded like the values
+    error = roundings * HALF_ULP[DType.F64 if case.wide else DType.F32] * slopes
+    moved: Floats = error + HALF_ULP[case.output] * (np.abs(expected) + error)
+    return moved + _LEAST[case.output]
+
+
+def _changed(case: Case, factor: float) -> Iterable[Case]:
+    """The case with one of its numbers changed, for each input and each parameter."""
+    for number, values in enumerate(case.values):
+        others = list(case.values)
+        others[number] = values * factor
+        yield dataclasses.replace(case, values=tuple(others))
+    for item in case.info.parameters:
+        value = getattr(case.method, item.name)
+        if item.kind is float and not item.per_model:
+            method = dataclasses.replace(case.method, **{item.name: value * factor})
+            yield dataclasses.replace(case, method=method)
+        elif item.kind is float:
+            for k in range(len(value)):
+                own = (*value[:k], value[k] * factor, *value[k + 1 :])
+                method = dataclasses.replace(case.method, **{item.name: own})
+                yield dataclasses.replace(case, method=method)
+
+
+def undecided(case: Case) -> Mask:
+    """Elements where rounding to float32 decides, which the formula in float64 cannot foresee."""
+    find = _UNDECIDED.get(case.info.name)
+    if find is None or case.base is None:
+        return np.zeros(case.shape, dtype=np.bool_)
+    return find(case, case.base)
+
+
+def _ties_undecided(case: Case, base: Floats) -> Mask:
+    """Magnitudes that float32 makes equal to a threshold's, and elections that cancel."""
+    method, found = case.method, np.zeros(case.shape, dtype=np.bool_)
+    kept = []
+    for share, model in zip(method.density, case.models, strict=True):
+        size = np.abs(model - base)
+        count = int(share * size.size)
+        rank = max(1, count) if method.trim is Over.TENSOR else min(size.size, count + 1)
+        threshold = np.sort(size, axis=None)[::-1][rank - 1] if share < 1 else 0.0
+        kept.append(size >= threshold)
+        found |= ~kept[-1] & (size.astype(np.float32) == np.float32(threshold))
+    if method.rescale and found.any():
+        return np.ones(case.shape, dtype=np.bool_)  # one more element changes every scale
+    found |= _cancelling(case, base, kept, restore=method.rescale)
+    if method.trim is Over.MODEL:
+        deltas = [keep * (model - base) for keep, model in zip(kept, case.models, strict=True)]
+        total = np.tensordot(np.array(method.weight), np.stack(deltas), axes=1)
+        if abs(np.sign(total).sum()) <= found.sum():
+            found |= total == 0  # so close that undecided elections make the majority
+    return found
+
+
+def _dare_undecided(case: Case, base: Floats) -> Mask:
+    """Elections that cancel."""
+    return _cancelling(case, base, case.kept(), restore=case.method.rescale.value == "l1")
+
+
+def _cancelling(case: Case, base: Floats, kept: Sequence[Mask], *, restore: bool) -> Mask:
+    """Elements whose weighted sum is zero within rounding, and is another number in float32."""
+    kind = np.float64 if case.wide else np.float32
+    exact, single = np.zeros(case.shape), np.zeros(case.shape, dtype=kind)
+    sizes = np.zeros(case.shape)
+    for number, (keep, model) in enumerate(zip(kept, case.models, strict=True)):
+        delta, factor = keep * (model - base), np.float64(case.method.weight[number])
+        if restore and np.abs(delta).sum() >= 1e-7:
+            factor = factor * np.abs(model - base).sum() / np.abs(delta).sum()
+        elif getattr(case.method.__class__, "rescale", None) is not None and not restore:
+            factor = factor / 1.0
+        exact = exact + factor * delta
+        single = single + kind(factor) * delta.astype(kind)
+        sizes = sizes + np.abs(factor * delta)
+    near = np.abs(exact) <= 2.0**-22 * (len(kept) + 2) * sizes
+    mask: Mask = near & (single != exact)
+    return mask
+
+
+_UNDECIDED: Mapping[str, Callable[[Case, Floats], Mask]] = {
+    "ties": _ties_undecided,
+    "dare_ties": _dare_undecided,
+}
+"""Methods that decide: which elements are left out, and why."""
