@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import llvmlite
@@ -17,7 +18,7 @@ from shardmerge.execute import Progress, execute
 from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.match import match
+from shardmerge.match import Outputs, match
 from shardmerge.plan import Plan, inputs_of, make_plan
 from shardmerge.progress import Quiet
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
@@ -26,7 +27,7 @@ from shardmerge.recipe_yaml import read_yaml
 from shardmerge.shards import ShardWriter
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
-from shardmerge.staging import is_published, refuse_sources, staging
+from shardmerge.staging import is_published, output_folder, refuse_sources, staging
 from shardmerge.stores import open_store
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
@@ -63,7 +64,7 @@ def merge(
         ShardmergeError: for everything that a user can mend.
     """
     plan, sources = prepare(recipe, out, memory_bytes=memory_bytes, threads=threads)
-    place = Path(out)
+    place = output_folder(out)
     refuse_sources(place, sources)
     if not (fresh or overwrite) and is_published(place, plan):
         return _published(plan, already=True)
@@ -90,9 +91,12 @@ def prepare(
     recipe: Recipe | str, out: str, *, memory_bytes: int, threads: int | None
 ) -> tuple[Plan, Sources]:
     """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
+    output_folder(out)  # refuses what is none
     recipe = Recipe.load(recipe)
     sources = open_sources(recipe)
     outputs = match(recipe, sources)
+    outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
+    _config(outputs, sources[outputs.donor])  # refuses layers that a config cannot describe
     plan = make_plan(
         recipe,
         outputs,
@@ -106,7 +110,7 @@ def prepare(
 
 def open_sources(recipe: Recipe) -> Sources:
     """Every checkpoint that the recipe names, by name."""
-    return {name: open_checkpoint(name.url) for name in _named(recipe)}
+    return {name: open_checkpoint(name.url, name.revision) for name in _named(recipe)}
 
 
 def _named(recipe: Recipe) -> list[ModelName]:
@@ -118,6 +122,13 @@ def _named(recipe: Recipe) -> list[ModelName]:
                 found += [source.model, *source.extras.values()]
     found += [rule.take_from for rule in recipe.rules]
     return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def _ignored(sources: Sources) -> Iterator[str]:
+    """What lies beside the shards of each source and is not read."""
+    for name, checkpoint in sources.items():
+        if checkpoint.ignored:
+            yield f"{name}: not read: {', '.join(checkpoint.ignored)}"
 
 
 def available_cpus() -> int:
@@ -208,18 +219,9 @@ def _contents(
     for checkpoint, name in assets.files_to_copy(donor, tokenizer):
         store = open_store(checkpoint.url)
         files[name] = store.read(store.join(checkpoint.url, name))
-    outputs = plan.outputs
     if donor.config:
-        config = assets.patched_config(
-            donor.config,
-            dtype=assets.written_dtype(outputs.tensors),
-            layer_count=outputs.layer_count,
-            layers=outputs.layers,
-            untied=outputs.untied,
-            vocab_size=outputs.vocab_size,
-        )
-        files["config.json"] = _json(config)
-    files["README.md"] = assets.model_card(plan.recipe, outputs, version=__version__).encode()
+        files["config.json"] = _json(_config(plan.outputs, donor))
+    files["README.md"] = assets.model_card(plan.recipe, plan.outputs, version=__version__).encode()
     files[RECIPE] = assets.public_text(plan.recipe.text).encode()
     files[PROVENANCE] = _json(
         assets.provenance(
@@ -228,10 +230,21 @@ def _contents(
             recipe=plan.recipe,
             sources=sources,
             shards=checksums,
-            notes=(*plan.recipe.notes, *outputs.notes),
+            notes=(*plan.recipe.notes, *plan.outputs.notes),
         )
     )
     return files
+
+
+def _config(outputs: Outputs, donor: Checkpoint) -> dict[str, object]:
+    return assets.patched_config(
+        donor.config,
+        dtype=assets.written_dtype(outputs.tensors),
+        layer_count=outputs.layer_count,
+        layers=outputs.layers,
+        untied=outputs.untied,
+        vocab_size=outputs.vocab_size,
+    )
 
 
 def _json(value: object) -> bytes:

@@ -160,7 +160,7 @@ def make_plan(
     tensors = outputs.tensors
     specs = [Spec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     shards = lay_out(specs, outputs.shard_of, recipe.shard_size)
-    scopes, model_scope = _scopes(tensors)
+    scopes, model_scope = _scopes(tensors, layered=recipe.layered)
     workers, worker_bytes = _share_memory(tensors, memory_bytes, cpus)
     planner = _Planner(tensors, model_scope, scopes, worker_bytes)
     tasks = tuple(planner.tasks(shards))
@@ -183,13 +183,17 @@ def make_plan(
 # --- scopes -------------------------------------------------------------------------------------
 
 
-def _scopes(tensors: Sequence[OutputTensor]) -> tuple[tuple[Scope, ...], dict[int, int]]:
+def _scopes(
+    tensors: Sequence[OutputTensor], *, layered: bool
+) -> tuple[tuple[Scope, ...], dict[int, int]]:
     """One scope for each tensor, then one for each group that is measured over the model."""
     groups: dict[tuple[str, object], list[int]] = {}
     for number, tensor in enumerate(tensors):
         if tensor.method is not None and _over_model(tensor.method):
             key = (info_of(tensor.method).name, tensor.group)
             groups.setdefault(key, []).append(number)
+    if not layered:
+        _check_whole(tensors, groups)
     scopes = [Scope(tensor.name, tensor.method, (i,)) for i, tensor in enumerate(tensors)]
     model_scope: dict[int, int] = {}
     for number, ((name, _), members) in enumerate(groups.items()):
@@ -199,12 +203,26 @@ def _scopes(tensors: Sequence[OutputTensor]) -> tuple[tuple[Scope, ...], dict[in
     return tuple(scopes), model_scope
 
 
+def _check_whole(
+    tensors: Sequence[OutputTensor], groups: Mapping[tuple[str, object], Sequence[int]]
+) -> None:
+    """Refuse a measure over the model of which some models lack tensors."""
+    first: dict[str, int] = {}
+    for (name, _), members in groups.items():
+        if first.setdefault(name, members[0]) != members[0]:
+            raise RecipeError(
+                f"{name} is measured over the whole model, but {tensors[members[0]].name} is "
+                f"merged from other models than {tensors[first[name]].name}.\n"
+                "  Instead of 'missing: skip', give it another merge_method by a rule, or 'from'."
+            )
+
+
 def _over_model(method: Method) -> bool:
     return Over.MODEL in info_of(method).levels(method).values()
 
 
 def _check_same(name: str, members: Sequence[int], tensors: Sequence[OutputTensor]) -> None:
-    """Refuse parameters that differ between tensors where one decision over the model reads them."""
+    """Refuse parameters that differ between tensors where one decision reads them for all."""
     first = tensors[members[0]]
     info = info_of(first.method)
     fields = {field for step in info.passes for field in step.same}

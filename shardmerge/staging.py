@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shardmerge.errors import OutputError
+from shardmerge.errors import OutputError, UsageError
 from shardmerge.ledger import LEDGER, LOCK, Ledger, Lock, fingerprint
 from shardmerge.plan import Plan
 from shardmerge.publish import CLEARED, INDEX, PROVENANCE, occupants
@@ -25,6 +25,28 @@ _SPARE_BYTES = 16 * 2**20
 """Disk kept free for the ledger and the small files."""
 _SPARE_FILES = 64
 """Files kept free, likewise."""
+
+
+def output_folder(out: str) -> Path:
+    """OUT as a path.
+
+    Raises:
+        UsageError: for what is no local path; a URL would become folders named after it.
+        OutputError: for a path that no file can have.
+    """
+    if not out:
+        raise UsageError("OUT is empty. Give the folder of the new checkpoint.")
+    if "://" in out:
+        raise UsageError(
+            f"{out}: the output can only be written to a local folder. Give its path, without ://."
+        )
+    try:
+        path = Path(out).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise OutputError(f"cannot write to {out}: {reason}. Give another path.") from problem
+    return path
 
 
 def refuse_sources(out: Path, sources: Mapping[ModelName, Checkpoint]) -> None:
@@ -63,6 +85,8 @@ def staging(
 ) -> Iterator[tuple[Ledger, ShardWriter]]:
     """The folder of the unfinished run: locked, with its ledger and the space for every shard."""
     folder = out / STAGING
+    if not (folder / LEDGER).exists():  # nothing is left behind where nothing was begun
+        _refuse_occupied(out, plan, files, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -48,6 +48,8 @@ from shardmerge.numerics import CANONICAL_BLOCK, DType, philox_key, philox_strea
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
+
+T = TypeVar("T")
 
 # --- stored numbers -----------------------------------------------------------------------------
 
@@ -410,20 +412,20 @@ def undecided(case: Case) -> Mask:
 def _ties_undecided(case: Case, base: Floats) -> Mask:
     """Magnitudes that float32 makes equal to a threshold's, and elections that cancel."""
     method, found = case.method, np.zeros(case.shape, dtype=np.bool_)
-    kept = []
-    for share, model in zip(method.density, case.models, strict=True):
-        size = np.abs(model - base)
-        count = int(share * size.size)
-        rank = max(1, count) if method.trim is Over.TENSOR else min(size.size, count + 1)
+    kept, factors = [], []
+    for w, share, model in zip(method.weight, method.density, case.models, strict=True):
+        delta = model - base
+        count, size = int(share * delta.size), np.abs(delta)
+        rank = max(1, count) if method.trim is Over.TENSOR else min(delta.size, count + 1)
         threshold = np.sort(size, axis=None)[::-1][rank - 1] if share < 1 else 0.0
-        kept.append(size >= threshold)
-        found |= ~kept[-1] & (size.astype(np.float32) == np.float32(threshold))
+        found |= (size < threshold) & (size.astype(np.float32) == np.float32(threshold))
+        kept.append(np.where(size >= threshold, delta, 0.0))
+        factors.append(w * (_restoring(delta, kept[-1]) if method.rescale else 1.0))
     if method.rescale and found.any():
-        return np.ones(case.shape, dtype=np.bool_)  # one more element changes every scale
-    found |= _cancelling(case, base, kept, restore=method.rescale)
+        return np.ones(case.shape, dtype=np.bool_)  # one more element changes a scale, and so all
+    found |= _cancelling(case, kept, factors)
     if method.trim is Over.MODEL:
-        deltas = [keep * (model - base) for keep, model in zip(kept, case.models, strict=True)]
-        total = np.tensordot(np.array(method.weight), np.stack(deltas), axes=1)
+        total = np.tensordot(np.array(method.weight), np.stack(kept), axes=1)
         if abs(np.sign(total).sum()) <= found.sum():
             found |= total == 0  # so close that undecided elections make the majority
     return found
@@ -431,25 +433,30 @@ def _ties_undecided(case: Case, base: Floats) -> Mask:
 
 def _dare_undecided(case: Case, base: Floats) -> Mask:
     """Elections that cancel."""
-    return _cancelling(case, base, case.kept(), restore=case.method.rescale.value == "l1")
+    rescale, kept, factors = case.method.rescale.value, [], []
+    for number, keep in enumerate(case.kept()):
+        delta = case.models[number] - base
+        kept.append(keep * delta)
+        scale = {"l1": _restoring(delta, kept[-1]), "none": 1.0}.get(rescale)
+        factors.append(case.method.weight[number] * (scale or 1 / case.method.density[number]))
+    return _cancelling(case, kept, factors)
 
 
-def _cancelling(case: Case, base: Floats, kept: Sequence[Mask], *, restore: bool) -> Mask:
-    """Elements whose weighted sum is zero within rounding, and is another number in float32."""
+def _restoring(delta: Floats, kept: Floats) -> float:
+    before, after = np.abs(delta).sum(), np.abs(kept).sum()
+    return 1.0 if min(before, after) < 1e-7 else float(before / after)
+
+
+def _cancelling(case: Case, kept: Sequence[Floats], factors: Sequence[float]) -> Mask:
+    """Elements whose weighted sum is zero within rounding, and another number in float32."""
     kind = np.float64 if case.wide else np.float32
-    exact, single = np.zeros(case.shape), np.zeros(case.shape, dtype=kind)
-    sizes = np.zeros(case.shape)
-    for number, (keep, model) in enumerate(zip(kept, case.models, strict=True)):
-        delta, factor = keep * (model - base), np.float64(case.method.weight[number])
-        if restore and np.abs(delta).sum() >= 1e-7:
-            factor = factor * np.abs(model - base).sum() / np.abs(delta).sum()
-        elif getattr(case.method.__class__, "rescale", None) is not None and not restore:
-            factor = factor / 1.0
+    exact, sizes = np.zeros(case.shape), np.zeros(case.shape)
+    rounded = np.zeros(case.shape, dtype=kind)
+    for delta, factor in zip(kept, factors, strict=True):
         exact = exact + factor * delta
-        single = single + kind(factor) * delta.astype(kind)
         sizes = sizes + np.abs(factor * delta)
-    near = np.abs(exact) <= 2.0**-22 * (len(kept) + 2) * sizes
-    mask: Mask = near & (single != exact)
+        rounded = rounded + kind(factor) * delta.astype(kind)
+    mask: Mask = (np.abs(exact) <= 2.0**-22 * (len(kept) + 2) * sizes) & (rounded != exact)
     return mask
 
 
@@ -457,4 +464,312 @@ _UNDECIDED: Mapping[str, Callable[[Case, Floats], Mask]] = {
     "ties": _ties_undecided,
     "dare_ties": _dare_undecided,
 }
-"""Methods that decide: which elements are left out, and why."""
+"""Methods that decide in float32: which elements are left out of comparisons, and why."""
+
+# --- laws of methods ----------------------------------------------------------------------------
+
+_FULL = {"weight": 1.0, "density": 1.0, "lam": 1.0, "t": 1.0, "scale": 1.0}
+"""Parameters with which one model counts in full."""
+_NEUTRAL = {"normalize": True, "scale": 1.0}
+"""Parameters with which a method without a base model gives what all models agree on."""
+
+
+def agrees_with_its_oracle(info: MethodInfo) -> None:
+    """The kernels give what the formula gives on whole float64 arrays, to float32 accuracy.
+
+    Float64 inputs: to float64 accuracy. What float32 decides is left out (``undecided``).
+    """
+
+    def law(case: Case) -> None:
+        if case.size == 0:
+            assert case.run() == (b"", 0)
+            return
+        expected = case.expected()
+        _assume(np.abs(expected).max() < _LARGEST[case.output])
+        _close(case.merged(), expected, bound(case, expected), undecided(case))
+
+    _for_all(law, cases(info), examples=80)
+
+
+def does_not_depend_on_tiles(info: MethodInfo) -> None:
+    """The same bytes, whatever part of a tensor a kernel is run on at a time."""
+
+    def law(case: Case) -> None:
+        whole = case.run()
+        for blocks in (1, 2, 3):
+            assert case.run(tile=blocks * CANONICAL_BLOCK) == whole, f"tiles of {blocks} blocks"
+
+    _for_all(law, cases(info, shapes=SEVERAL_BLOCKS), examples=8)
+
+
+def equal_models_give_that_model(info: MethodInfo) -> None:
+    """Models equal to the base model (without one: to each other) give it.
+
+    Bits for halves, the sign of zero aside; 2 ulp of float32 for wider outputs.
+    """
+
+    def law(case: Case) -> None:
+        same = loaded(stored(case.values[0], DType.BF16), DType.BF16).reshape(case.shape)
+        same[np.abs(same) < 2.0**-8] = 0.0  # so that every dtype holds all of it
+        extras = sum(map(len, case.extras.values()))
+        values = [same] * (len(case.values) - extras) + list(
+            case.values[len(case.values) - extras :]
+        )
+        got = dataclasses.replace(case, values=tuple(values)).merged()
+        ulps = 0.0 if case.output in (DType.BF16, DType.F16) else 2.0
+        _close(got, same, ulps * 2.0**-23 * np.abs(same))
+
+    fixed = {} if info.base is Base.REQUIRED else _NEUTRAL
+    _for_all(law, cases(info, fixed=fixed), examples=30)
+
+
+def one_model_at_full_strength_gives_it(info: MethodInfo) -> None:
+    """A single model with weight, density, lambda, t and scale 1 gives it, to a few roundings."""
+    if info.models[0] > 1:
+        return
+    one = [_setup(info, (DType.F32, DType.F32), DType.F32, chosen) for chosen in _switches(info)]
+
+    def law(case: Case) -> None:
+        model = case.models[0]
+        size = np.abs(model) + (0.0 if case.base is None else np.abs(case.base))
+        _close(case.merged(), model, 4 * HALF_ULP[DType.F32] * size)
+
+    _for_all(law, cases(info, among=one, fixed=_FULL), examples=20)
+
+
+def order_matters_only_where_declared(info: MethodInfo) -> None:
+    """Models in another order, with their parameters, give the same to float32 rounding."""
+    several = [setup for setup in setups(info) if _models(setup) > 1]
+    if info.random or not several:
+        return  # the order is the recipe's part of the random key; or there is nothing to order
+
+    def law(case: Case) -> None:
+        expected = case.expected()
+        _assume(np.abs(expected).max(initial=0.0) < _LARGEST[case.output])
+        for order in list(itertools.permutations(range(len(case.models))))[1:]:
+            other = _ordered(case, order)
+            left_out = undecided(case) | undecided(other)
+            _close(other.merged(), case.merged(), 2 * bound(case, expected), left_out)
+
+    sizes = [shape for shape in SMALL if shape != (0,)]
+    _for_all(law, cases(info, among=several, shapes=sizes), examples=20)
+
+
+def _ordered(case: Case, order: Sequence[int]) -> Case:
+    """The case with its models, and all that belongs to each, in another order."""
+
+    def take(values: Sequence[T]) -> tuple[T, ...]:
+        return tuple(values[k] for k in order)
+
+    inputs = dataclasses.replace(
+        case.inputs,
+        models=take(case.inputs.models),
+        extras=tuple((kind, take(dtypes)) for kind, dtypes in case.inputs.extras),
+    )
+    own = {p.name: take(getattr(case.method, p.name)) for p in case.info.parameters if p.per_model}
+    base = () if case.base is None else (case.base,)
+    extras = itertools.chain.from_iterable(map(take, case.extras.values()))
+    return dataclasses.replace(
+        case,
+        method=dataclasses.replace(case.method, **own),
+        inputs=inputs,
+        values=(*base, *take(case.models), *extras),
+    )
+
+
+def repeats_itself(info: MethodInfo) -> None:
+    """Inputs are not written; a seed gives the same bytes again, another one others if random."""
+
+    def law(case: Case) -> None:
+        inputs = case.arrays()
+        before = [array.tobytes() for array in inputs]
+        merge = partial(merge_raw, case.method, case.inputs, inputs, output=case.output)
+        first, again, other = merge(seed=1)[0], merge(seed=1)[0], merge(seed=2)[0]
+        assert [array.tobytes() for array in inputs] == before, "an input was written"
+        assert first.tobytes() == again.tobytes(), "the same seed gave other bytes"
+        assert (first.tobytes() != other.tobytes()) == info.random, "what another seed gave"
+
+    half = {"weight": 1.0, "density": 0.5, "lam": 1.0}
+    rough = cases(info, numbers=[Numbers.ROUGH], shapes=[(1000,), (31, 37)], fixed=half)
+    _for_all(law, rough, examples=10)
+
+
+def tells_non_finite_inputs_apart(info: MethodInfo) -> None:
+    """NaN and infinity are reported of the inputs that hold them, and crash no pass."""
+    from hypothesis import strategies as st
+
+    shapes = [(1,), (LANES + 1,), (1000,), (CANONICAL_BLOCK + 1,)]
+    troubles = st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=3)
+
+    def law(drawn: tuple[Case, list[float], int]) -> None:
+        case, trouble, chosen = drawn
+        values = [array.copy() for array in case.values]
+        bad = 1 + chosen % (2 ** len(values) - 1)  # bits: a set of inputs that is not empty
+        for number, array in enumerate(values):
+            if bad >> number & 1:  # at both ends, so that several blocks hold some
+                places = np.arange(len(trouble)) * (array.size - 1) // max(1, len(trouble) - 1)
+                array.reshape(-1)[places] = trouble
+        with np.errstate(all="ignore"):
+            written, flags = dataclasses.replace(case, values=tuple(values)).run()
+        assert flags & ~(1 << OUTPUT_BIT) == bad, f"inputs {bad:b} hold some, {flags:b} are named"
+        result = loaded(np.frombuffer(written, dtype=np.uint8), case.output)
+        assert bool(flags >> OUTPUT_BIT) == (not np.isfinite(result).all())
+
+    drawn = st.tuples(cases(info, shapes=shapes), troubles, st.integers(0, 255))
+    _for_all(law, drawn, examples=60)
+
+
+SECTIONS = ("Passes", "Args", "Shapes", "Raises", "Differs", "Example", "Reference")
+"""Of a method's page, in this order."""
+
+
+def has_a_complete_page(info: MethodInfo) -> None:
+    """A title, a formula, every section in order, every parameter; the example runs."""
+    lines = info.page.splitlines()
+    assert len(lines) > 2 and lines[0].endswith(".") and not lines[1], "a title, then a blank line"
+    too_long = [line for line in (info.cls.__doc__ or "").splitlines() if len(line) > 100]
+    assert not too_long, f"lines over 100 characters: {too_long}"
+    head, *parts = re.split(r"^([A-Z]\w+):", info.page, flags=re.MULTILINE)
+    assert tuple(parts[::2]) == SECTIONS, f"sections {parts[::2]}, not {SECTIONS}"
+    assert re.search(r"^ {4}\S.* = ", head, flags=re.MULTILINE), "an indented formula"
+    sections = dict(zip(SECTIONS, parts[1::2], strict=True))
+    empty = [name for name, text in sections.items() if not text.strip()]
+    assert not empty, f"nothing under {empty}"
+    told = re.findall(r"^ {4}(\w+): \S", sections["Args"], flags=re.MULTILINE)
+    wanted = [*(item.key for item in info.parameters), *info.extras]
+    assert sorted(told) == sorted(wanted), f"Args tells of {told}, not {wanted}"
+    scope = {kind.__name__: kind for kind in (info.cls, *(p.kind for p in info.parameters))}
+    example = doctest.DocTestParser().get_doctest(
+        inspect.cleandoc(sections["Example"]),
+        scope | {"merge_arrays": merge_arrays},
+        info.name,
+        None,
+        None,
+    )
+    assert example.examples, "an example"
+    said: list[str] = []
+    failed = doctest.DocTestRunner(verbose=False).run(example, out=said.append).failed
+    assert not failed, "".join(said)
+
+
+def reads_what_it_declares(info: MethodInfo) -> None:
+    """A measuring pass reads no input but those that it declares; others may not be in memory."""
+
+    def law(case: Case) -> None:
+        watched = _Watched()
+        with mock.patch.object(arrays, "_KERNELS", watched):
+            case.run()
+        inputs = case.inputs
+        names = [] if inputs.base is None else ["base"]
+        names += ["models"] * len(inputs.models)
+        names += [kind for kind, dtypes in inputs.extras for _ in dtypes]
+        for step, kernel in watched.seen:
+            if step.kind is Kind.MEASURE:
+                read = {names[number] for number in kernel.inputs}
+                assert read <= set(step.reads), f"{step.name} reads {read}, declares {step.reads}"
+
+    _for_all(law, cases(info, shapes=[(LANES,)]), examples=20)
+
+
+class _Watched(Kernels):
+    """The same kernels, and which were asked for."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Pass, Kernel]] = []
+        self._kernels = arrays._KERNELS
+
+    def get(
+        self,
+        method: Method,
+        step: Pass,
+        inputs: Inputs,
+        decisions: Decisions,
+        output: DType | None = None,
+    ) -> Kernel:
+        kernel = self._kernels.get(method, step, inputs, decisions, output)
+        self.seen.append((step, kernel))
+        return kernel
+
+
+def is_described_consistently(info: MethodInfo) -> None:
+    """Defaults pass their checks, keys are unique, problems are texts, numbers of models make sense."""
+    keys = [item.key for item in info.parameters]
+    assert len({*keys, *info.inert, *info.extras}) == len(keys) + len(info.inert) + len(info.extras)
+    for item in info.parameters:
+        assert item.kind in (float, bool) or issubclass(item.kind, enum.Enum), item.name
+        assert item.default is None or isinstance(item.default, item.kind), item.name
+        if item.kind is float:
+            assert isinstance(item.default, float | None), item.name
+            assert item.default is None or item.check(item.default) is None, item.name
+            assert item.check(math.nan), f"{item.name} may be NaN"
+    least, most = info.models
+    assert 1 <= least <= (least if most is None else most)
+    assert methods.get(info.name) is info and info.name in ORACLES and setups(info)
+
+    def law(method: Method) -> None:
+        texts = problems_of(method)
+        assert all(isinstance(text, str) and text.strip() for text in texts), texts
+        json.dumps(describe(method))
+
+    for setup in setups(info):
+        _for_all(law, parameters_for(info, setup, Numbers.ROUGH, {}), examples=10)
+
+
+def _close(got: Floats, expected: Floats, most: Floats, left_out: Mask | None = None) -> None:
+    """Every element is within ``most`` of what is expected, but for those that are left out."""
+    assert got.shape == expected.shape
+    wrong = ~(np.abs(got - expected) <= most)
+    if left_out is not None:
+        wrong &= ~left_out
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.size} elements differ; first [{first}]: "
+            f"{got[first]!r}, not {expected[first]!r} within {most[first]:.3g}"
+        )
+
+
+def _assume(condition: object) -> None:
+    from hypothesis import assume
+
+    assume(bool(condition))
+
+
+def _for_all(law: Callable[[T], None], strategy: SearchStrategy[T], *, examples: int) -> None:
+    """Hold ``law`` against that many examples."""
+    from hypothesis import HealthCheck, given, settings
+
+    # Compiling makes first examples slow, and a kernel is no reason for a deadline.
+    quiet = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    quiet(given(strategy)(law))()
+
+
+Law = Callable[[MethodInfo], None]
+
+METHOD_LAWS: tuple[Law, ...] = (
+    is_described_consistently,
+    has_a_complete_page,
+    reads_what_it_declares,
+    agrees_with_its_oracle,
+    does_not_depend_on_tiles,
+    equal_models_give_that_model,
+    one_model_at_full_strength_gives_it,
+    order_matters_only_where_declared,
+    repeats_itself,
+    tells_non_finite_inputs_apart,
+)
+
+
+def check_method(name: str, laws: Iterable[Law] = METHOD_LAWS) -> None:
+    """Hold every law against a registered method.
+
+    Raises:
+        AssertionError: for the first that is broken; its notes name it.
+    """
+    info = methods.get(name)
+    for law in laws:
+        try:
+            law(info)
+        except Exception as error:
+            error.add_note(f"{name} breaks the law {law.__name__}: {inspect.getdoc(law)}")
+            raise

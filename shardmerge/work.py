@@ -104,7 +104,7 @@ class Window:
         self.read_bytes = 0
 
     def tile(self, start: int, stop: int, which: Sequence[int]) -> list[int]:
-        """Addresses of element ``start`` of every input; those in ``which`` are filled to ``stop``."""
+        """Addresses of element ``start`` of every input; those in ``which`` hold it to ``stop``."""
         first = start if self._resident else 0
         for number in which:
             if self._resident:

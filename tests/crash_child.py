@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -128,6 +129,64 @@ def main() -> None:
         if options.get("pid"):
             print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+# --- the side of the tests ----------------------------------------------------------------------
+
+
+class Merges:
+    """A process that merges as it is told; ``with`` ends it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash_child"],
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Merges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def warm(self, recipe: str, out: Path, memory_bytes: int) -> None:
+        """Merge once in the process that all others are forked from: it compiles the kernels."""
+        self._tell(warm=True, recipe=recipe, out=str(out), memory_bytes=memory_bytes)
+        assert self.answer() == 0
+
+    def run(self, arguments: list[str], log: Path, **options: object) -> int:
+        """Exit status of a merge; a negative one is the signal that ended it."""
+        self._tell(arguments=arguments, log=str(log), **options)
+        return self.answer()
+
+    def start(self, arguments: list[str], log: Path, **options: object) -> int:
+        """Begin a merge that pauses; gives its process once it does."""
+        self._tell(arguments=arguments, log=str(log), do="pause", pid=True, **options)
+        process = self.answer()
+        paused = Path(f"{log}.paused")
+        until = time.monotonic() + _PAUSE_S
+        while not paused.exists():
+            assert time.monotonic() < until, f"never came to {options}: {log.read_text()}"
+            time.sleep(0.01)
+        return process
+
+    def go_on(self, log: Path) -> int:
+        """Let a paused merge go on; gives its exit status."""
+        Path(f"{log}.go").touch()
+        return self.answer()
+
+    def answer(self) -> int:
+        """The next answer."""
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def _tell(self, **options: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(options) + "\n")
+        self._process.stdin.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""Runs that are killed at any moment: the same command goes on, and the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shardmerge.merge import merge
+from shardmerge.shards import STAGING
+from tests import support
+from tests.crash_child import Merges, path_of
+from tests.support import HALVES, INDEX, SINGLE, tree, visible
+
+KILLED = -9
+OLD_FILES = {
+    "tokenizer.json": "old",
+    "added_tokens.json": "old",
+    "generation_config.json": "{}",
+    "README.md": "old",
+}
+NEW_FILES = {"tokenizer.json": "new", "tokenizer_config.json": "{}"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A merge, and what it makes when nobody disturbs it.
+
+    Args:
+        old: a checkpoint that lies at OUT before and is replaced.
+        quiet: every file of the output.
+        calls: every call to the system of the quiet run, in order.
+    """
+
+    recipe: str
+    memory_bytes: int
+    old: Path | None
+    quiet: Mapping[str, bytes]
+    calls: tuple[str, ...]
+
+    def arguments(self, out: Path) -> list[str]:
+        found = ["merge", self.recipe, str(out), "--quiet", "--threads", "1"]
+        return [*found, "--memory", str(self.memory_bytes), *(["--overwrite"] * bool(self.old))]
+
+    def before(self, out: Path) -> Path:
+        """OUT as it is before the run."""
+        if self.old is not None:
+            shutil.copytree(self.old, out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def merges() -> Iterator[Merges]:
+    with Merges() as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def small_engine(monkeypatch):
+    support.shrink(monkeypatch.setattr)
+
+
+def scenario(folder: Path, merges: Merges, *, shards: int, old_shards: int = 0) -> Scenario:
+    base = support.write_checkpoint(folder / "base", HALVES, shards=shards, files=NEW_FILES)
+    models = {
+        support.write_checkpoint(folder / f"model{seed}", HALVES, seed=seed): {
+            "weight": 1.0 / seed,
+            "density": 0.5,
+        }
+        for seed in (1, 2)
+    }
+    recipe = support.write_recipe(folder / "r.yml", support.recipe_of("ties", base, models))
+    old = None
+    if old_shards:
+        larger = {f"model.layers.{i}.weight": HALVES["model.layers.0.weight"] for i in range(10)}
+        old = support.write_checkpoint(
+            folder / "old", larger, seed=9, shards=old_shards, files=OLD_FILES
+        )
+    memory_bytes = support.least_memory(recipe)
+    merges.warm(recipe, folder / "quiet", memory_bytes)
+    made = Scenario(recipe, memory_bytes, old, tree(folder / "quiet"), ())
+    log = folder / "log"
+    assert merges.run(made.arguments(made.before(folder / "again")), log) == 0
+    assert tree(folder / "again") == made.quiet
+    calls = tuple(log.read_text().replace(str(folder / "again"), "OUT").splitlines())
+    return Scenario(recipe, memory_bytes, old, made.quiet, calls)
+
+
+# --- what must hold after a kill, and after the same command again --------------------------------
+
+
+def check_what_readers_see(case: Scenario, out: Path, point: object) -> None:
+    """No checkpoint, or all of the old one, or all of the new one."""
+    found = visible(out) if out.exists() else {}
+    if INDEX not in found and SINGLE not in found:
+        return
+    if found == case.quiet:
+        return
+    assert case.old is not None and found == tree(case.old), f"{point}: {sorted(found)}"
+
+
+def receipts(out: Path) -> set[tuple[int, int]]:
+    """Parts that the ledger holds."""
+    ledger = out / STAGING / "ledger.jsonl"
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return {tuple(record["part"]) for record in map(json.loads, lines) if "part" in record}
+
+
+class Pwrites:
+    """Bytes written to shards, by path and position."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.found: list[tuple[str, int, int]] = []
+        real = os.pwrite
+
+        def pwrite(file: int, data: bytes, offset: int) -> int:
+            self.found.append((Path(path_of(file)).name, offset, len(data)))
+            return real(file, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+
+    def parts(self, case: Scenario) -> set[tuple[int, int]]:
+        """Parts of which something was written."""
+        return {
+            (part.shard, part.number)
+            for shard in support.plan_of(case.recipe).shards
+            for part in shard.parts
+            for name, offset, _ in self.found
+            if name == f"{shard.name}.part" and part.start <= offset < part.stop
+        }
+
+
+def check_resume(case: Scenario, out: Path, point: object, monkeypatch) -> None:
+    """The same command again gives the same files, and writes no part that has a receipt."""
+    kept = receipts(out)
+    every = {(p.shard, p.number) for s in support.plan_of(case.recipe).shards for p in s.parts}
+    published = visible(out) == case.quiet if out.exists() else False
+    with monkeypatch.context() as patch:
+        pwrites = Pwrites(patch)
+        merge(
+            case.recipe,
+            str(out),
+            memory_bytes=case.memory_bytes,
+            threads=1,
+            overwrite=case.old is not None,
+        )
+    assert tree(out) == case.quiet, point
+    assert [path for path in out.rglob("*") if path.is_dir()] == [], point
+    if not published:
+        assert pwrites.parts(case) == every - kept, point
+
+
+def check(case: Scenario, merges: Merges, folder: Path, point: dict[str, object], monkeypatch):
+    """Kill at one point and go on. Gives whether the run came to that point."""
+    out = case.before(folder / "out")
+    status = merges.run(case.arguments(out), folder / "log", do="kill", **point)
+    assert status in (0, KILLED), (point, (folder / "log.err").read_text())
+    check_what_readers_see(case, out, point)
+    check_resume(case, out, point, monkeypatch)
+    shutil.rmtree(folder)
+    return status == KILLED
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+SHAPES = {
+    "three shards": {"shards": 3},
+    "one shard": {"shards": 1},
+    "three shards over five": {"shards": 3, "old_shards": 5},
+    "three shards over one": {"shards": 3, "old_shards": 1},
+    "one shard over five": {"shards": 1, "old_shards": 5},
+    "one shard over one": {"shards": 1, "old_shards": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_killed_at_any_call(shape, tmp_path, merges, monkeypatch):
+    case = scenario(tmp_path / "case", merges, **SHAPES[shape])
+    points = chosen_points(case, random.Random(shape))
+    reached = 0
+    for number, point in enumerate(points):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        hit = check(case, merges, folder, point, monkeypatch)
+        assert hit or "call" in point, f"the run never came to {point}"
+        reached += hit
+    assert reached >= 0.9 * len(points)
+
+
+def chosen_points(case: Scenario, rng: random.Random) -> list[dict[str, object]]:
+    """Random calls, and before and after each call that publishing consists of."""
+    publishing = first_of_publishing(case)
+    points: list[dict[str, object]] = [
+        {"call": call, "when": when}
+        for call, when in zip(
+            sorted(rng.sample(range(publishing), min(publishing, 12))),
+            rng.choices(("before", "after"), k=12),
+            strict=False,
+        )
+    ]
+    seen: dict[str, int] = {}
+    for call in case.calls:
+        op, _, path = call.partition(" ")
+        nth = seen[call] = seen.get(call, -1) + 1
+        if case.calls.index(call) >= publishing or op in ("rename", "unlink", "rmdir"):
+            for when in ("before", "after"):
+                tail = path.removeprefix("OUT")
+                points.append({"op": op, "path": f"out{tail}", "nth": nth, "when": when})
+    return points
+
+
+def first_of_publishing(case: Scenario) -> int:
+    """Number of the first call after the last part was written."""
+    return max(n for n, call in enumerate(case.calls) if call.startswith("pwrite")) + 1
