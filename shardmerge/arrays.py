@@ -10,7 +10,7 @@ import numpy.typing as npt
 from shardmerge.kernels.compile import Form
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Inputs, Kernels, numbers_of
-from shardmerge.methods.api import Decision, Kind, Method, Pass, info_of
+from shardmerge.methods.api import Decision, Kind, Method, Pass, info_of, levels_of
 from shardmerge.numerics import CANONICAL_BLOCK, DType, philox_key
 from shardmerge.summaries import BlockSums, Partial, Summary, combine, settle
 
@@ -68,7 +68,7 @@ def merge_raw(
         tile: elements that a kernel is run on at a time, a multiple of the canonical block.
     """
     info = info_of(method)
-    levels = info.levels(method)
+    levels = levels_of(method)
     keys = _keys(seed, len(inputs.models), tensor)
     summaries: dict[str, Summary] = {}
     decisions: dict[str, Decision | None] = {}
@@ -109,7 +109,7 @@ def _measured(
 ) -> list[Partial]:
     kernel = _KERNELS.get(method, step, inputs, decisions)
     found: list[Partial] = []
-    for start in range(0, arrays[0].size, tile):
+    for start in range(0, max(1, arrays[0].size), tile):  # an empty tensor has a summary too
         count = min(tile, arrays[0].size - start)
         counts = np.zeros((kernel.width, HISTOGRAM_BINS), dtype=np.uint32)
         sums = np.zeros((-(-count // CANONICAL_BLOCK), kernel.width))

@@ -13,7 +13,7 @@ from typing import Protocol
 from shardmerge.errors import Stopped
 from shardmerge.executors.api import Executor
 from shardmerge.ledger import Ledger
-from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of
+from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
 from shardmerge.shards import Receipt, ShardWriter
 from shardmerge.summaries import Partial, Summary, combine, settle
@@ -229,7 +229,7 @@ class _Drive:
         summaries[step] = summary
         method = plan_scope.method
         info = info_of(method)
-        levels = info.levels(method)
+        levels = levels_of(method)
         for candidate in info.passes[:-1]:
             if candidate.kind is not Kind.SETTLE or levels[candidate.name] is None:
                 continue

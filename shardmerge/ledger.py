@@ -41,6 +41,7 @@ class Lock:
     def __enter__(self) -> Lock:
         while True:
             try:
+                self._path.parent.mkdir(exist_ok=True)
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -55,7 +56,6 @@ class Lock:
             if self._still_there():
                 break
             os.close(self._file)  # the run that held it has published and removed the folder
-            self._path.parent.mkdir(exist_ok=True)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return self
@@ -81,19 +81,28 @@ class Ledger:
     Attributes:
         receipts: of the parts that are written, by (shard, part).
         decisions: by key.
-        events: how far publishing came.
+        events: how far publishing came, and the files that each event is about.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         self._path = path
         self.receipts: dict[tuple[int, int], Receipt] = {}
         self.decisions: dict[str, Decision] = {}
-        self.events: set[str] = set()
+        self.events: dict[str, tuple[str, ...]] = {}
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            self._load(identity)
+            try:
+                self._load(identity)
+            except BaseException:
+                self.close()
+                raise
         except OSError as problem:
             raise write_failed(path, problem) from problem
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was done yet."""
+        return not (self.receipts or self.decisions or self.events)
 
     def _load(self, identity: Mapping[str, str]) -> None:
         text = self._path.read_bytes()
@@ -106,15 +115,16 @@ class Ledger:
             return
         try:
             records = [json.loads(line) for line in lines]
-            before = records[0]["identity"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as problem:
+            before = {str(key): str(value) for key, value in records[0]["identity"].items()}
+            for record in records[1:]:
+                self._take(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise LedgerMismatchError(
-                f"{self._path} is damaged ({problem}). Start over with --fresh."
+                f"{self._path} is damaged ({type(problem).__name__}: {problem}). "
+                "Start over with --fresh."
             ) from None
         if before != dict(identity):
             raise LedgerMismatchError(self._difference(before, identity))
-        for record in records[1:]:
-            self._take(record)
 
     def _take(self, record: Mapping[str, object]) -> None:
         match record:
@@ -124,13 +134,12 @@ class Ledger:
                 self.receipts[shard, number] = Receipt(shard, number, n, crc, pairs)
             case {"decision": str(key), "values": list(values)}:
                 self.decisions[key] = tuple(float(value) for value in values)
-            case {"event": str(event)}:
-                self.events.add(event)
+            case {"event": str(event), **rest}:
+                self.events[event] = tuple(map(str, rest.get("names", ())))  # type: ignore[call-overload]
+            case {"gone": list(shards)}:
+                self._drop({int(shard) for shard in shards})
             case _:
-                raise LedgerMismatchError(
-                    f"{self._path} has a line that this version does not know: {record}. "
-                    "Start over with --fresh."
-                )
+                raise ValueError(f"a line that this version does not know: {record}")
 
     def _difference(self, before: Mapping[str, str], now: Mapping[str, str]) -> str:
         lines = []
@@ -169,16 +178,22 @@ class Ledger:
         if records:
             self._append(records)
 
-    def mark(self, event: str) -> None:
-        """Record how far publishing came."""
-        if event not in self.events:
-            self._append([{"event": event}])
-            self.events.add(event)
+    def mark(self, event: str, names: Sequence[str] = ()) -> None:
+        """Record how far publishing came, and which files that is about."""
+        if self.events.get(event) != tuple(names):
+            self._append([{"event": event, "names": list(names)}])
+            self.events[event] = tuple(names)
 
     def forget_shards(self, shards: set[int]) -> None:
         """Drop the receipts of shards whose bytes are gone; their parts are done again."""
-        for key in [key for key in self.receipts if key[0] in shards]:
-            del self.receipts[key]
+        gone = shards & {shard for shard, _ in self.receipts}
+        if gone:
+            # On record: their files are made again, and would look like those that were written.
+            self._append([{"gone": sorted(gone)}])
+            self._drop(gone)
+
+    def _drop(self, shards: set[int]) -> None:
+        self.receipts = {key: value for key, value in self.receipts.items() if key[0] not in shards}
 
     def _append(self, records: Sequence[Mapping[str, object]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records).encode()

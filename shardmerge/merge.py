@@ -20,14 +20,21 @@ from shardmerge.executors.local import LocalExecutor
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.match import Outputs, match
 from shardmerge.plan import Plan, inputs_of, make_plan
-from shardmerge.progress import Quiet
+from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
 from shardmerge.shards import ShardWriter
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
-from shardmerge.staging import is_published, output_folder, refuse_sources, staging
+from shardmerge.staging import (
+    is_published,
+    output_folder,
+    refuse_occupied,
+    refuse_sources,
+    staging,
+    sweep,
+)
 from shardmerge.stores import open_store
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
@@ -66,7 +73,8 @@ def merge(
     plan, sources = prepare(recipe, out, memory_bytes=memory_bytes, threads=threads)
     place = output_folder(out)
     refuse_sources(place, sources)
-    if not (fresh or overwrite) and is_published(place, plan):
+    if not fresh and is_published(place, plan):
+        sweep(place)
         return _published(plan, already=True)
     files = _written_files(plan, sources)
     with staging(place, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
@@ -83,6 +91,7 @@ def merge(
         _refuse_non_finite(plan, ledger)
         checksums = shard_checksums(plan.shards, ledger.receipts)
         names = [tensor.name for tensor in plan.tensors]
+        refuse_occupied(place, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
         publish(place, plan.shards, names, ledger, _contents(plan, sources, checksums))
     return _published(plan, already=False)
 
@@ -180,16 +189,18 @@ def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
     found = sorted({pair for receipt in ledger.receipts.values() for pair in receipt.non_finite})
     if not found:
         return
-    lines = []
+    places: dict[str, list[str]] = {}
     for number, which in found:
         tensor = plan.tensors[number]
         where = "the result" if which < 0 else inputs_of(tensor)[which].segments[0].url
-        lines.append(f"  {tensor.name}: {where}")
+        places.setdefault(tensor.name, []).append(where)
     raise NonFiniteError(
-        f"NaN or infinity in {len(found)} tensors; nothing was published:\n"
-        + "\n".join(lines)
-        + "\n  Mend the inputs, take these tensors from another model by a rule, or write "
-        "allow_non_finite: true into the recipe and run the same command again: nothing is lost."
+        f"NaN or infinity in {counted(len(places), 'tensor')}; nothing was published:\n"
+        + "\n".join(f"  {name}: {', '.join(where)}" for name, where in places.items())
+        + "\n  To publish it as it is, write allow_non_finite: true into the recipe and run the "
+        "same command again: nothing is lost.\n"
+        "  Else mend the inputs, or take these tensors from another model by a rule, and start "
+        "over with --fresh."
     )
 
 

@@ -9,6 +9,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -145,7 +146,22 @@ def philox_stream(key: int, first: int, count: int) -> npt.NDArray[np.uint32]:
 
 def combine_blocks(blocks: npt.NDArray[np.float64]) -> tuple[float, ...]:
     """Sums of the columns of ``blocks`` [blocks, sums], rounded once; the order does not matter."""
-    return tuple(math.fsum(column) for column in blocks.T)
+    return tuple(map(_exact_sum, blocks.T))
+
+
+def _exact_sum(values: npt.NDArray[np.float64]) -> float:
+    """The sum, rounded once; infinite where it is too large, NaN or infinite as its terms are."""
+    special = values[~np.isfinite(values)]
+    if special.size:
+        return float(special[0]) if (special == special[0]).all() else math.nan
+    try:
+        return math.fsum(values)
+    except OverflowError:  # of a partial sum, which another order might not have
+        exact = sum(map(Fraction, values))
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
 
 
 # --- checksums ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ computes some of them, or measures something that others wait for. No two tasks 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from shardmerge.errors import MemoryBudgetError, RecipeError
 from shardmerge.kernels.trace import Inputs
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
 from shardmerge.match import Outputs, OutputTensor
-from shardmerge.methods.api import HISTOGRAM_BINS, Kind, Method, Over, Pass, info_of
+from shardmerge.methods.api import HISTOGRAM_BINS, Kind, Method, Over, Pass, info_of, levels_of
 from shardmerge.numerics import CANONICAL_BLOCK, DType
 from shardmerge.recipe import Recipe
 from shardmerge.sources.tensor import TensorRef
@@ -218,7 +219,7 @@ def _check_whole(
 
 
 def _over_model(method: Method) -> bool:
-    return Over.MODEL in info_of(method).levels(method).values()
+    return Over.MODEL in levels_of(method).values()
 
 
 def _check_same(name: str, members: Sequence[int], tensors: Sequence[OutputTensor]) -> None:
@@ -369,20 +370,11 @@ class _Planner:
     def _has(self, tensor: int, over: Over) -> bool:
         """Whether a measuring pass of the tensor is taken over ``over``."""
         method = self._tensors[tensor].method
-        return method is not None and any(
-            step.kind is Kind.MEASURE and level is over for step, level in self._levels(method)
-        )
-
-    def _levels(self, method: Method) -> Iterator[tuple[Pass, Over | None]]:
-        info = info_of(method)
-        levels = info.levels(method)
-        return ((step, levels[step.name]) for step in info.passes[:-1])
+        return method is not None and bool(_measured(method, over))
 
     def _measures(self, scope: int, over: Over) -> Iterator[MeasureTask]:
         members = self._scopes[scope].tensors
-        for step, level in self._levels(self._scopes[scope].method):
-            if step.kind is not Kind.MEASURE or level is not over:
-                continue
+        for step in _measured(self._scopes[scope].method, over):
             for pieces in self._batches(members):
                 yield MeasureTask(
                     number=self._next(),
@@ -419,8 +411,7 @@ class _Planner:
             if method is not None:
                 only = Over.MODEL if resident else None
                 steps = info_of(method).passes if resident else (info_of(method).merge_pass,)
-                for step in steps:
-                    needs.update(self._needs({tensor}, step, only))
+                needs.update(key for step in steps for key in self._needs({tensor}, step, only))
         return MergeTask(
             number=self._next(),
             parts=parts,
@@ -435,15 +426,10 @@ class _Planner:
         """Keys of the decisions that ``step`` takes for these tensors (those over ``only``)."""
         found = set()
         for tensor in tensors:
-            method = self._tensors[tensor].method
-            levels = info_of(method).levels(method)
-            kinds = {other.name: other.kind for other in info_of(method).passes}
-            for need in step.needs:
-                over = levels[need]
-                if over is None or kinds[need] is not Kind.SETTLE or only not in (None, over):
-                    continue
-                scope = tensor if over is Over.TENSOR else self._model_scope[tensor]
-                found.add(f"{self._scopes[scope].key}/{need}")
+            for need, over in _decisions(self._tensors[tensor].method, step):
+                if only in (None, over):
+                    scope = tensor if over is Over.TENSOR else self._model_scope[tensor]
+                    found.add(f"{self._scopes[scope].key}/{need}")
         return tuple(sorted(found))
 
     def _read_bytes(self, piece: Piece, step: Pass | None) -> int:
@@ -464,6 +450,26 @@ class _Planner:
     def _next(self) -> int:
         self._number += 1
         return self._number - 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(method: Method, over: Over) -> tuple[Pass, ...]:
+    """The measuring passes that are taken over ``over``, in order."""
+    levels = levels_of(method)
+    return tuple(
+        step
+        for step in info_of(method).passes[:-1]
+        if step.kind is Kind.MEASURE and levels[step.name] is over
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _decisions(method: Method, step: Pass) -> tuple[tuple[str, Over], ...]:
+    """The decisions that a pass takes, and what they are taken over; those not needed left out."""
+    levels = levels_of(method)
+    settles = {other.name for other in info_of(method).passes if other.kind is Kind.SETTLE}
+    asked = [(need, levels[need]) for need in step.needs if need in settles]
+    return tuple((need, over) for need, over in asked if over is not None)
 
 
 def refs_read(tensor: OutputTensor, step: Pass) -> tuple[TensorRef, ...]:

@@ -7,17 +7,18 @@ be repeated after a crash: it finds what is already done.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, LedgerMismatchError, OutputError
+from shardmerge.errors import CheckpointError, LedgerMismatchError, OutputError, StoreError
 from shardmerge.header import write_index
-from shardmerge.layout import Shard
-from shardmerge.ledger import Ledger
+from shardmerge.layout import SINGLE_SHARD, Shard
+from shardmerge.ledger import LEDGER, LOCK, Ledger
 from shardmerge.numerics import crc32_combine
 from shardmerge.shards import STAGING, Receipt, staged, write_failed
 from shardmerge.sources import open_checkpoint
@@ -25,8 +26,12 @@ from shardmerge.sources import open_checkpoint
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
 RECIPE = "shardmerge_recipe.yml"
+CLEARING = "clearing"
+"""Ledger event: the named files, of an older checkpoint, are being removed."""
 CLEARED = "cleared"
 """Ledger event: nothing of an older checkpoint is left; shards that have their names are ours."""
+_ONLY_FILES = frozenset({SINGLE_SHARD, "pytorch_model.bin"})
+"""Names of a file that is a checkpoint without an index."""
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|model.*\.gguf"
 )
@@ -102,8 +107,7 @@ def publish(
     """
     try:
         if CLEARED not in ledger.events:
-            clear(out)
-            ledger.mark(CLEARED)
+            clear(out, ledger)
         for name, content in files.items():
             _write_file(out / name, content)
         _seal(out, shards, tensor_names)
@@ -122,17 +126,36 @@ def occupants(out: Path, planned: Iterable[str]) -> list[str]:
     )
 
 
-def clear(out: Path) -> None:
-    """Remove the checkpoint that is at ``out``: its index first, then shards and small files."""
+def clear(out: Path, ledger: Ledger) -> None:
+    """Remove the checkpoint that is at ``out``: what makes it one first, its small files last."""
+    # On record, because of a checkpoint that is half removed nobody knows what belonged to it.
+    names = {*ledger.events.get(CLEARING, ()), *_belonging(out)}
+    if names:
+        ledger.mark(CLEARING, sorted(names))
+    for _, group in groupby(sorted(names, key=_rank), key=_rank):
+        for name in group:
+            (out / name).unlink(missing_ok=True)
+        _sync_folder(out)
+    ledger.mark(CLEARED)
+
+
+def _belonging(out: Path) -> set[str]:
+    """Names of the files of the checkpoint at ``out``; none where there are no weights."""
     names = {path.name for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)}
     if not names:
-        return
-    with contextlib.suppress(CheckpointError):
+        return set()
+    with contextlib.suppress(CheckpointError, StoreError):
         names.update(open_checkpoint(str(out)).files)
-    names.update(("config.json", "README.md", RECIPE, PROVENANCE))
-    for name in sorted(names, key=lambda name: (not name.endswith(".index.json"), name)):
-        (out / name).unlink(missing_ok=True)
-    _sync_folder(out)
+    return names | {"config.json", "README.md", RECIPE, PROVENANCE}
+
+
+def _rank(name: str) -> int:
+    """Place in the order of removal: without its index or only file a checkpoint is none."""
+    if name.endswith(".index.json"):
+        return 0
+    if name in _ONLY_FILES:
+        return 1
+    return 2 if _WEIGHTS.fullmatch(name) else 3
 
 
 def _seal(out: Path, shards: Sequence[Shard], tensor_names: Sequence[str]) -> None:
@@ -165,12 +188,17 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def remove_staging(out: Path) -> None:
-    """Remove everything that is not published."""
-    # The ledger goes last: while it is there, a crash here is finished by the next run.
-    staging = out / STAGING
-    for path in sorted(staging.iterdir(), key=lambda path: path.name.startswith("ledger")):
+    """Remove everything that is not published; the lock must be held."""
+    # While the ledger is there, a crash here is finished by the next run; the lock is last, so
+    # that no other run begins in a folder that is being removed.
+    folder = out / STAGING
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == LEDGER)):
         path.unlink()
-    shutil.rmtree(staging)
+    try:
+        folder.rmdir()
+    except OSError as problem:
+        if problem.errno != errno.ENOTEMPTY:  # else another run has just begun there
+            raise
     _sync_folder(out)
 
 

@@ -156,6 +156,8 @@ class Recipe:
         if isinstance(recipe, Recipe):
             return recipe
         path = str(recipe)
+        if not path:
+            raise RecipeError("recipe: its path is empty; give a YAML file")
         if "\n" in path:
             raise RecipeError("recipe: this is a text, not a path; use Recipe.parse(text)")
         try:

@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from shardmerge.errors import OutputError, UsageError
 from shardmerge.ledger import LEDGER, LOCK, Ledger, Lock, fingerprint
 from shardmerge.plan import Plan
-from shardmerge.publish import CLEARED, INDEX, PROVENANCE, occupants
+from shardmerge.publish import CLEARED, INDEX, PROVENANCE, occupants, remove_staging
 from shardmerge.recipe import ModelName
 from shardmerge.shards import STAGING, ShardWriter, opened, staged, write_failed
 from shardmerge.sources.tensor import Checkpoint
@@ -63,7 +63,7 @@ def refuse_sources(out: Path, sources: Mapping[ModelName, Checkpoint]) -> None:
 def is_published(out: Path, plan: Plan) -> bool:
     """Whether OUT holds exactly what this plan makes, complete."""
     last = out / (INDEX if len(plan.shards) > 1 else plan.shards[0].name)
-    if (out / STAGING).exists() or not last.exists():
+    if (out / STAGING / LEDGER).exists() or not last.exists():
         return False
     try:
         record = json.loads((out / PROVENANCE).read_bytes())
@@ -85,8 +85,6 @@ def staging(
 ) -> Iterator[tuple[Ledger, ShardWriter]]:
     """The folder of the unfinished run: locked, with its ledger and the space for every shard."""
     folder = out / STAGING
-    if not (folder / LEDGER).exists():  # nothing is left behind where nothing was begun
-        _refuse_occupied(out, plan, files, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -94,24 +92,42 @@ def staging(
     with Lock(folder):
         if fresh:
             _forget(folder)
-        ledger = Ledger(folder / LEDGER, plan.identity)
-        writer = ShardWriter(out, plan.shards)
-        try:
-            done = _recover(out, plan, ledger)
-            if CLEARED not in ledger.events:
-                _refuse_occupied(out, plan, files, overwrite=overwrite)
-            _refuse_full(out, plan, done)
-            with opened(writer):
+        with closing(Ledger(folder / LEDGER, plan.identity)) as ledger:
+            done = _checked(out, plan, files, ledger, overwrite=overwrite)
+            with opened(ShardWriter(out, plan.shards)) as writer:
                 writer.reserve(done)
                 yield ledger, writer
-        finally:
-            ledger.close()
+
+
+def sweep(out: Path) -> None:
+    """Remove what a run has left that published and was killed before it had tidied up."""
+    folder = out / STAGING
+    if folder.exists():
+        with Lock(folder):
+            if not (folder / LEDGER).exists():
+                remove_staging(out)
 
 
 def _forget(folder: Path) -> None:
-    for path in folder.iterdir():
+    # The ledger first: it must not outlive what it says is written.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != LEDGER):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checked(
+    out: Path, plan: Plan, files: Sequence[str], ledger: Ledger, *, overwrite: bool
+) -> set[int]:
+    """Refuse a place that cannot be used; gives the shards that already have their names."""
+    try:
+        done = _recover(out, plan, ledger)
+        refuse_occupied(out, plan, files, ledger, overwrite=overwrite)
+        _refuse_full(out, plan, done)
+    except OutputError:
+        if ledger.is_new:  # nothing was done, so nothing is left in somebody else's folder
+            remove_staging(out)
+        raise
+    return done
 
 
 def _recover(out: Path, plan: Plan, ledger: Ledger) -> set[int]:
@@ -127,7 +143,16 @@ def _recover(out: Path, plan: Plan, ledger: Ledger) -> set[int]:
     return done
 
 
-def _refuse_occupied(out: Path, plan: Plan, files: Sequence[str], *, overwrite: bool) -> None:
+def refuse_occupied(
+    out: Path, plan: Plan, files: Sequence[str], ledger: Ledger, *, overwrite: bool
+) -> None:
+    """Refuse a place where a checkpoint lies that this run did not put there.
+
+    Args:
+        files: names of the output's other files.
+    """
+    if CLEARED in ledger.events:
+        return
     planned = [*files, INDEX, PROVENANCE, *(shard.name for shard in plan.shards)]
     found = occupants(out, planned)
     if found and not overwrite:

@@ -17,7 +17,7 @@ from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
 from shardmerge.layout import Piece
 from shardmerge.match import OutputTensor
-from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of
+from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.numerics import CANONICAL_BLOCK, philox_key
 from shardmerge.plan import (
     MeasureTask,
@@ -234,7 +234,7 @@ class _TensorRun:
         self._context = context
         self._tensor: OutputTensor = plan.tensors[number]
         method = self._tensor.method
-        self._levels = {} if method is None else info_of(method).levels(method)
+        self._levels = {} if method is None else levels_of(method)
         # Without a measure over the tensor there is nothing to keep its inputs for.
         self._resident = resident and Over.TENSOR in self._levels.values()
         self._tile = tile_elements(self._tensor, plan.worker_bytes)

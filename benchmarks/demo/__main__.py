@@ -38,7 +38,7 @@ class Demo:
 
         self.work = work / "quick" if quick else work
         self.quick = quick
-        self.settings: Settings = Settings(steps=6 if quick else 64)
+        self.settings: Settings = Settings(steps=5 if quick else 64)
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -52,13 +52,8 @@ class Demo:
         self._prepare()
         for task in self.tasks:
             self._fine_tune(task)
-        for merge in recipes(self.models, [t.name for t in self.tasks], quick=self.quick):
+        for merge in recipes(self.work, [t.name for t in self.tasks], quick=self.quick):
             self._merge(merge)
-
-    @property
-    def models(self) -> Path:
-        """Folder of the base model and the fine-tunes."""
-        return self.work / "models"
 
     def _prepare(self) -> None:
         from benchmarks.demo.encoder import packaged_model
@@ -69,31 +64,26 @@ class Demo:
         _say("reading the standard library")
         train_size = self.settings.steps * self.settings.batch_size
         if self.quick:
-            self.tasks = build_tasks(train_size=train_size, test_size=60, every=3)[:2]
+            self.tasks = build_tasks(train_size=train_size, test_size=40, every=3)[:2]
         else:
             self.tasks = build_tasks(train_size=train_size, test_size=240)
-        base = save_base(packaged_model(), self.models / "base")
+        base = save_base(packaged_model(), self.work)
         self.heads = {task.name: base.head(task) for task in self.tasks}
         self._measure(base, "base", "base", "sentence-transformers/all-MiniLM-L6-v2")
         self._took("prepare", started)
 
     def _fine_tune(self, task: Task) -> None:
         from benchmarks.demo.encoder import Encoder
-        from benchmarks.demo.train import fine_tune
+        from benchmarks.demo.train import checkpoint, fine_tune
 
         def progress(done: int) -> None:
             _say(f"fine-tuning on {task.name}: {done}/{self.settings.steps}", passing=True)
 
         started = time.perf_counter()
-        folder = self.models / task.name
         trained = fine_tune(
-            self.models / "base",
-            task,
-            self.heads[task.name],
-            self.settings,
-            folder=folder,
-            progress=progress,
+            self.work, task, self.heads[task.name], self.settings, progress=progress
         )
+        folder = checkpoint(self.work, task.name)
         if trained:
             self._took("fine-tune", started)
         _say(f"fine-tuning on {task.name}: {'done' if trained else 'reused from ' + str(folder)}")

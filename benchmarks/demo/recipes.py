@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.demo.train import checkpoint, fisher
+
 # Task vectors that have nothing to do with each other could be added in full; these do overlap, and
 # 0.6 of their sum keeps most of each. With agreeing values averaged (ties), the same strength needs
 # a larger factor.
@@ -24,31 +26,28 @@ class Merge:
     Args:
         name: Its name, also of the recipe's file and of the output folder.
         recipe: What the YAML file says.
-        tasks: The tasks whose fine-tunes go in.
         note: What to know about it, in a few words.
     """
 
     name: str
     recipe: Mapping[str, object]
-    tasks: tuple[str, ...]
     note: str
 
 
-def recipes(models: Path, tasks: Sequence[str], *, quick: bool) -> list[Merge]:
-    """Return the merges to run, over the checkpoints ``models/base`` and ``models/<task>``."""
-    merges = _recipes(models.resolve(), tuple(tasks))
-    return [m for m in merges if not quick or m.name in ("linear", "task_arithmetic", "ties")]
+def recipes(work: Path, tasks: Sequence[str], *, quick: bool) -> list[Merge]:
+    """Return the merges to run over the fine-tunes on ``tasks`` in ``work``."""
+    merges = _recipes(work.resolve(), tuple(tasks))
+    return [merge for merge in merges if not quick or merge.name in ("linear", "ties")]
 
 
-def _recipes(models: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
+def _recipes(work: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
     def merge(method: str, note: str, *, top: dict[str, object], **each: object) -> Merge:
-        entries = [{"model": str(models / task), "parameters": dict(each)} for task in tasks]
-        base = {"base_model": str(models / "base")} if top else {}
+        entries = [{"model": _model(work, task), "parameters": dict(each)} for task in tasks]
+        base = {"base_model": _model(work, "base")} if top else {}
         parameters = {"parameters": top} if top else {}
         return Merge(
             method,
             {"merge_method": method, **base, "models": entries, **parameters, "dtype": "float32"},
-            tasks,
             note,
         )
 
@@ -80,30 +79,34 @@ def _recipes(models: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
         weight=1.0,
         density=0.5,
     )
-    yield _fisher(models, tasks)
-    yield _slerp(models, tasks[:2])
+    yield _fisher(work, tasks)
+    yield _slerp(work, *tasks[:2])
 
 
-def _fisher(models: Path, tasks: tuple[str, ...]) -> Merge:
+def _model(work: Path, name: str) -> str:
+    return str(checkpoint(work, name))
+
+
+def _fisher(work: Path, tasks: tuple[str, ...]) -> Merge:
     recipe = {
         "merge_method": "fisher",
         "models": [
-            {"model": str(models / task), "fisher": str(models / task / "fisher")} for task in tasks
+            {"model": _model(work, task), "fisher": str(fisher(work, task))} for task in tasks
         ],
         "dtype": "float32",
     }
-    return Merge("fisher", recipe, tasks, "mean, weighted by squared gradients")
+    return Merge("fisher", recipe, "mean, weighted by squared gradients")
 
 
-def _slerp(models: Path, pair: tuple[str, ...]) -> Merge:
+def _slerp(work: Path, first: str, second: str) -> Merge:
     recipe = {
         "merge_method": "slerp",
-        "base_model": str(models / pair[0]),
-        "models": [{"model": str(models / task)} for task in pair],
+        "base_model": _model(work, first),
+        "models": [{"model": _model(work, task)} for task in (first, second)],
         "parameters": {"t": 0.5},
         "dtype": "float32",
     }
-    return Merge("slerp", recipe, pair, f"two only: half way from {pair[0]} to {pair[1]}")
+    return Merge("slerp", recipe, f"two only: half way from {first} to {second}")
 
 
 def run(merge: Merge, *, recipe: Path, out: Path) -> None:

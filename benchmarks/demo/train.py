@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,20 @@ from torch.nn import functional
 from benchmarks.demo.encoder import Encoder, batches_by_length
 from benchmarks.demo.tasks import Example, Task
 
-_STAMP = "demo.json"  # written last: its presence says that the folder is complete
+
+def checkpoint(work: Path, name: str) -> Path:
+    """Return the folder of the base model (``base``) or of a task's fine-tune."""
+    return work / "models" / name
+
+
+def fisher(work: Path, name: str) -> Path:
+    """Return the folder of the Fisher information of a task's fine-tune."""
+    return work / "fisher" / name
+
+
+def _stamp_file(work: Path, name: str) -> Path:
+    """Return the file that says how a checkpoint was made; written last, when it is complete."""
+    return work / "models" / f"{name}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,31 +58,28 @@ class Settings:
         return min((step + 1) / warm_up, (self.steps - step) / self.steps)
 
 
-def save_base(model: Path, folder: Path) -> Encoder:
-    """Save the packaged model at ``folder`` as the fine-tunes are saved, and return it."""
+def save_base(model: Path, work: Path) -> Encoder:
+    """Save the packaged model in ``work`` as the fine-tunes are saved, and return it."""
     base = Encoder(model)
-    if not (folder / _STAMP).exists():
-        _save(base, folder, stamp={"model": "sentence-transformers/all-MiniLM-L6-v2"})
+    base.save(checkpoint(work, "base"))
     return base
 
 
 def fine_tune(
-    base: Path,
+    work: Path,
     task: Task,
     head: Tensor,
     settings: Settings,
     *,
-    folder: Path,
     progress: Callable[[int], None],
 ) -> bool:
-    """Fine-tune on ``task`` and save at ``folder``, its Fisher information at ``folder/fisher``.
+    """Fine-tune the base model on ``task``; save the result and its Fisher information.
 
     Args:
-        base: Folder of the base model.
+        work: Folder of all models; a fine-tune there that was made in the same way is kept.
         task: The task; only its training examples are used.
         head: Frozen vectors of the classes, float32 of shape [classes, width].
         settings: How to train.
-        folder: Where the fine-tune goes; what is there with the same stamp is kept.
         progress: Called with the number of steps done.
 
     Returns:
@@ -81,10 +90,12 @@ def fine_tune(
         "data": _digest(task),
         "torch": torch.__version__,
     }
-    if (folder / _STAMP).exists() and json.loads((folder / _STAMP).read_text()) == stamp:
+    stamp_file = _stamp_file(work, task.name)
+    if stamp_file.exists() and json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
         return False
+    stamp_file.unlink(missing_ok=True)
     torch.manual_seed(settings.seed)
-    encoder = Encoder(base)
+    encoder = Encoder(checkpoint(work, "base"))
     # Rare words would hardly move in so few steps, and their table is half of the model.
     encoder.model.embeddings.requires_grad_(False)
     trained = {n: p for n, p in encoder.model.named_parameters() if p.requires_grad}
@@ -99,7 +110,10 @@ def fine_tune(
         schedule.step()
         optimizer.zero_grad()
         progress(step + 1)
-    _save(encoder, folder, stamp=stamp, fisher=_fisher(trained, optimizer, settings))
+    encoder.save(checkpoint(work, task.name))
+    information = _fisher_information(trained, optimizer, settings)
+    _save_fisher(encoder, fisher(work, task.name), information)
+    stamp_file.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     return True
 
 
@@ -121,21 +135,7 @@ def _digest(task: Task) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _save(
-    encoder: Encoder,
-    folder: Path,
-    *,
-    stamp: dict[str, object],
-    fisher: dict[str, Tensor] | None = None,
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    encoder.save(folder)
-    if fisher is not None:
-        _save_fisher(encoder, folder / "fisher", fisher)
-    (folder / _STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-
-
-def _fisher(
+def _fisher_information(
     trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW, settings: Settings
 ) -> dict[str, Tensor]:
     """Return Adam's mean of squared gradients: a diagonal Fisher information that costs nothing.
@@ -153,7 +153,7 @@ def _fisher(
 
 def _save_fisher(encoder: Encoder, folder: Path, information: dict[str, Tensor]) -> None:
     """Save ``information`` as a checkpoint; zeros stand for what was not trained."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: information.get(name, torch.zeros_like(value)).contiguous()
         for name, value in encoder.model.state_dict().items()

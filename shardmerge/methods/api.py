@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import inspect
 import math
 import typing
@@ -65,6 +66,8 @@ __all__ = [
     "finite",
     "fraction",
     "in_type_of",
+    "info_of",
+    "levels_of",
     "magnitude_key",
     "measure",
     "merge_method",
@@ -287,20 +290,22 @@ class MethodInfo:
         """The pass whose result is written."""
         return self.passes[-1]
 
-    def levels(self, method: Method) -> dict[str, Over | None]:
-        """What each pass but the last is taken over, for ``method``'s parameters; None: not needed.
 
-        A settling pass is taken over the tensor as soon as one of its results is, and is needed
-        where all of them are.
-        """
-        found: dict[str, Over | None] = {}
-        for step in self.passes[:-1]:
-            if step.kind is Kind.MEASURE:
-                found[step.name] = step.over_of(method) if step.needed(method) else None
-                continue
-            over = [found[need] for need in step.needs]
-            found[step.name] = None if None in over else min(over, key=_tensor_first)
-        return found
+@functools.lru_cache(maxsize=4096)
+def levels_of(method: Method) -> Mapping[str, Over | None]:
+    """What each pass but the last is taken over, for a method's parameters; None: not needed.
+
+    A settling pass is taken over the tensor as soon as one of its results is, and is needed where
+    all of them are.
+    """
+    found: dict[str, Over | None] = {}
+    for step in info_of(method).passes[:-1]:
+        if step.kind is Kind.MEASURE:
+            found[step.name] = step.over_of(method) if step.needed(method) else None
+            continue
+        over = [found[need] for need in step.needs]
+        found[step.name] = None if None in over else min(over, key=_tensor_first)
+    return found
 
 
 def _tensor_first(over: Over | None) -> bool:

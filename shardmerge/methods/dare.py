@@ -75,7 +75,7 @@ class _Dare:
         """Ratio of the sums of each model; 1 where one of them is next to nothing."""
         models = len(sums) // 2
         pairs = zip(sums[:models], sums[models:], strict=True)
-        return tuple(1.0 if min(full, kept) < 1e-7 else full / kept for full, kept in pairs)
+        return tuple(full / kept if min(full, kept) >= 1e-7 else 1.0 for full, kept in pairs)
 
     def _weighted(self, tile: Tile, scales: Decision | None) -> list[Expr]:
         """Weight times rescaled task vector."""

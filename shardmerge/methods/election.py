@@ -45,5 +45,4 @@ def elected_sum_formula(
     if not normalize:
         return total
     mass = np.tensordot(weights, agrees.astype(np.float64), axes=1)
-    mass[mass == 0] = 1.0
-    return total / mass
+    return total / np.where(mass == 0, 1.0, mass)

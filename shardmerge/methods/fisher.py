@@ -45,6 +45,7 @@ class Fisher:
         normalize: n_k = 1 / (norm of F_k over the model + epsilon), so that no model counts more
             only because its gradients are larger; else n_k = 1.
         epsilon: added to every F, at least 0; with F = 0 everywhere this is the plain average.
+        fisher: of each model, the checkpoint that holds F; beside ``model:``.
     Shapes: elementwise; any shape; F has the shape of its tensor.
     Raises:
         RecipeError: for weights that are all 0.

@@ -141,7 +141,7 @@ class Ties:
         """Each model's scale; 1 where one of the sums is next to nothing."""
         models = len(magnitudes) // 2
         pairs = zip(magnitudes[:models], magnitudes[models:], strict=True)
-        return tuple(1.0 if min(full, kept) < 1e-7 else full / kept for full, kept in pairs)
+        return tuple(full / kept if min(full, kept) >= 1e-7 else 1.0 for full, kept in pairs)
 
     @measure(over=Over.MODEL, when=lambda self: self.trim is Over.MODEL)
     def signs(self, tile: Tile, cut: Decision | None) -> Totals:
@@ -175,7 +175,7 @@ class Ties:
         """How many elements of the model are kept, counted from the largest."""
         total = int(counts.sum())
         kept = int(self.density[model] * total)
-        return max(1, kept) if self.trim is Over.TENSOR else min(total, kept + 1)
+        return min(total, max(1, kept) if self.trim is Over.TENSOR else kept + 1)
 
     def _trimmed(
         self, tile: Tile, cut: Decision | None, scales: Decision | None = None
@@ -232,7 +232,7 @@ def formula(
     total = np.sum(weighted, axis=0)
     sign = np.sign(total)
     majority = 1.0 if trim is Over.TENSOR or sign.sum() > 0 else -1.0
-    sign[sign == 0] = majority
+    sign = np.where(sign == 0, majority, sign)
     merged = elected_sum_formula(
         np.stack(weighted), np.array(weight), normalize=normalize, sign=sign
     )

@@ -296,7 +296,8 @@ def _not_found(url: str, store: Store) -> str:
         near = difflib.get_close_matches(name, names, n=3)
         if near:
             return f"{url}: no such folder or file. Near it there is: {', '.join(near)}."
-        return f"{url}: no such folder or file in {parent}. Check the path."
+        where = "here" if parent == "." else f"in {parent}"
+        return f"{url}: no such folder or file {where}. Check the path."
     message = f"{url}: no such folder or file; {parent} does not exist either. Check the path."
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", url):
         message += (
