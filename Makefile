@@ -39,7 +39,7 @@ check: $(STAMPS)-test ## style, types, import direction, generated parts of READ
 readme: $(STAMPS)-test ## write the generated parts of README
 	$(BIN)/python -m tests.readme
 
-bench: $(STAMPS)-bench ## every figure of README; takes about an hour, mostly mergekit's
+bench: $(STAMPS)-base ## every figure of README; takes about an hour, mostly mergekit's
 	$(BIN)/python -m benchmarks.bench_merge
 	$(BIN)/python -m benchmarks.bench_memory
 	$(BIN)/python -m benchmarks.bench_peers

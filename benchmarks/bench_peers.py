@@ -106,7 +106,7 @@ class Match:
         """Compare, time ``runs`` pairs, report; the row of the table."""
         method = chosen.method
         file = chosen.write(self._place.file(f"{method}.yaml"))
-        # Run 0 is not timed: it brings the outputs to compare, and compiles our kernels.
+        # Run 0 does not count: it brings the outputs to compare, and compiles our kernels.
         theirs, cold = (self._merge(program, file, 0) for program in PROGRAMS)
         ours_at, theirs_at = self._place.file("shardmerge"), self._place.file("mergekit")
         self._check(method, compare(ours_at, theirs_at, family.base))

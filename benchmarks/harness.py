@@ -257,7 +257,7 @@ class Workplace:
         """Empty the script's folder under ``folder``; the families beside it stay."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         self.families = folder.resolve() / "families"
-        self._work = folder.resolve() / bench
+        self._work = folder.resolve() / f"bench-{bench}"
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
 

@@ -18,8 +18,8 @@ PART_BYTES = 64 * 2**20
 """Bytes of a part, about: a receipt and a request are cheap, and little is lost with one."""
 LEAST_PART_BYTES = 5 * 2**20
 """S3's least for every part of an upload but the last."""
-MOST_PARTS = 9_000
-"""Parts of one shard, below S3's limit of 10,000 (a few more follow from cutting at blocks)."""
+MOST_PARTS = 10_000
+"""S3's limit for one upload, so for one shard."""
 SINGLE_SHARD = "model.safetensors"
 
 
@@ -166,8 +166,9 @@ def _shard(number: int, name: str, group: Sequence[int], tensors: Sequence[Spec]
 
 def _part_bytes(data_bytes: int) -> int:
     """Bytes of the parts of a shard: more than usual where there would be too many."""
-    least = math.ceil(data_bytes / MOST_PARTS)
-    return max(PART_BYTES, math.ceil(least / 2**20) * 2**20)
+    # At worst three parts hold little more than one: a few small tensors, and the halves of one
+    # that was just too large.
+    return max(PART_BYTES, math.ceil(data_bytes / (MOST_PARTS // 3 - 1)))
 
 
 def _units(tensors: Sequence[tuple[int, Spec]], part_bytes: int) -> Iterator[list[list[Piece]]]:

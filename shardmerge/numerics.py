@@ -78,8 +78,9 @@ def promote(dtypes: Iterable[DType]) -> DType:
         return kinds.pop()
     if DType.F64 in kinds:
         return DType.F64
-    halves = {DType.F16 if dtype.is_fp8 else dtype for dtype in kinds}
-    return halves.pop() if len(halves) == 1 else DType.F32
+    # Either of the halves holds every fp8 value.
+    larger = {dtype for dtype in kinds if not dtype.is_fp8} or {DType.F16}
+    return larger.pop() if len(larger) == 1 else DType.F32
 
 
 # --- random numbers -----------------------------------------------------------------------------

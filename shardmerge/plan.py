@@ -392,7 +392,8 @@ class _Planner:
         filled = 0
         for tensor in members:
             numel = tensor_numel(self._tensors[tensor])
-            for start in range(0, numel, MEASURE_ELEMENTS):
+            # Without elements too: a decision is waited for, and is taken from nothing.
+            for start in range(0, max(numel, 1), MEASURE_ELEMENTS):
                 stop = min(numel, start + MEASURE_ELEMENTS)
                 if filled + stop - start > MEASURE_ELEMENTS:
                     yield batch

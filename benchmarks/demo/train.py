@@ -88,7 +88,7 @@ def fine_tune(
     stamp: dict[str, object] = {
         "settings": asdict(settings),
         "data": _digest(task),
-        "torch": torch.__version__,
+        **versions(),
     }
     stamp_file = _stamp_file(work, task.name)
     if stamp_file.exists() and json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
