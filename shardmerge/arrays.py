@@ -40,7 +40,7 @@ def merge_arrays(
     """
     first = [] if base is None else [base]
     everything = [*first, *models, *(array for extra in extras.values() for array in extra)]
-    arrays = [np.ascontiguousarray(array, dtype=np.float32) for array in everything]
+    arrays = [np.asarray(array, dtype=np.float32, order="C") for array in everything]
     inputs = Inputs(
         base=None if base is None else DType.F32,
         models=(DType.F32,) * len(models),

@@ -381,6 +381,7 @@ def test_a_folder_of_another_kind(
         ("no/such", "CheckpointError", ("no does not exist either", "hf download no/such")),
         ("recipe.yml", "CheckpointError", ("neither a folder nor a .safetensors file",)),
         ("s3://bucket/a", "StoreError", ("s3:// is not supported yet", "Download")),
+        ("a@v2", "CheckpointError", ("a has no revision 'v2'", "Hugging Face cache")),
     ],
 )
 def test_a_model_that_is_not_there(
@@ -895,7 +896,7 @@ def test_an_out_that_holds_something_else(capsys: Capture, name: str) -> None:
 
 
 def test_a_refusal_changes_nothing_for_the_checkpoint_that_is_there(capsys: Capture) -> None:
-    merged(capsys, RECIPE)
+    first = merged(capsys, RECIPE)
     before = tree(Path("out"))
     Path("recipe.yml").write_text(RECIPE.replace("0.5", "0.25"))
     assert "--overwrite" in run(capsys, "merge", "recipe.yml", "out")[2]
@@ -903,7 +904,7 @@ def test_a_refusal_changes_nothing_for_the_checkpoint_that_is_there(capsys: Capt
     Path("recipe.yml").write_text(RECIPE)
     status, out, err = run(capsys, "merge", "recipe.yml", "out")
     assert (status, err) == (0, "") and "already merged" in out
-    assert merged(capsys, RECIPE.replace("0.5", "0.25"), "--overwrite") != before
+    assert merged(capsys, RECIPE.replace("0.5", "0.25"), "--overwrite") != first
 
 
 def test_files_that_are_not_in_the_way_stay(capsys: Capture) -> None:

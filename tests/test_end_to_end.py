@@ -246,7 +246,7 @@ def test_the_config_and_the_dtype(capsys: Capture, family: Path) -> None:
 
 
 def test_one_shard_and_single_files(capsys: Capture, here: Path) -> None:
-    """Models given as one ``.safetensors`` file each; the folder of the base model has the config."""
+    """Models given as one ``.safetensors`` file each; the base model's folder has the config."""
     write_family(here, random(LlamaForCausalLM, LlamaConfig(**SIZES)), shard="1GB")
     for name in "ab":
         Path(name, SINGLE).rename(f"{name}.safetensors")
@@ -369,11 +369,13 @@ def test_rules_for_tensors_that_a_model_lacks(capsys: Capture, family: Path) -> 
 
 def tie(folder: str) -> None:
     """Make a checkpoint's output embedding its input embedding."""
-    config = LlamaConfig.from_pretrained(folder, tie_word_embeddings=True)
-    model = LlamaForCausalLM.from_pretrained(folder, config=config)
-    shutil.rmtree(folder)
-    save(model, Path(folder))
-    assert HEAD not in tensors(folder)
+    stored = tensors(folder)
+    del stored[HEAD]
+    for path in Path(folder).glob("*.safetensors*"):
+        path.unlink()
+    save_file(stored, Path(folder, SINGLE), metadata={"format": "pt"})
+    write_config(folder, tie_word_embeddings=True)
+    assert torch.equal(loaded(AutoModelForCausalLM, folder).lm_head.weight, stored[EMBED])
 
 
 def test_one_model_tied_and_one_not(capsys: Capture, family: Path) -> None:
@@ -469,16 +471,11 @@ def test_layer_types_go_with_their_layers(capsys: Capture, here: Path) -> None:
     config = Qwen3Config(
         **SIZES, head_dim=8, use_sliding_window=True, sliding_window=8, max_window_layers=1
     )
-    config.layer_types = [
-        "full_attention",
-        "sliding_attention",
-        "sliding_attention",
-        "full_attention",
-    ]
+    full, sliding = "full_attention", "sliding_attention"
+    config.layer_types = [full, sliding, sliding, full]
     write_family(here, random(Qwen3ForCausalLM, config))
     merge(capsys, stacked(("a", 0, 2), ("b", 1, 4)))
     check_layers([("a", 0), ("a", 1), ("b", 1), ("b", 2), ("b", 3)])
-    full, sliding = "full_attention", "sliding_attention"
     assert config_of()["layer_types"] == [full, sliding, sliding, sliding, full]
     assert config_of()["num_hidden_layers"] == 5
     model = loaded(AutoModelForCausalLM)
@@ -513,15 +510,11 @@ def test_an_image_model_with_a_nested_language_model(capsys: Capture, here: Path
         image_size=8,
         patch_size=4,
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=63
-    )
+    text = LlamaConfig(**SIZES)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
     write_family(here, random(LlavaForConditionalGeneration, config))
-    for name, text in (
-        ("preprocessor_config.json", '{"size": 8}'),
-        ("processor_config.json", "{}"),
-    ):
-        Path("a", name).write_text(text)
+    Path("a/preprocessor_config.json").write_text('{"size": 8}')
+    Path("a/processor_config.json").write_text("{}")
     merge(capsys, of_two(), out="average")
     speaks(loaded(AutoModelForImageTextToText, "average"))
     merge(capsys, stacked(("a", 0, 2), ("b", 0, 4)))
@@ -652,7 +645,8 @@ def test_fp8_in_small_tiles(
     planned = json.loads(capsys.readouterr().out)
     assert main(["merge", path, "out", "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert sum(event.get("read_bytes", 0) for event in events) == planned["read_bytes"]
+    read = sum(event.get("read_bytes", 0) for event in events)
+    assert 1 <= read / planned["read_bytes"] < 1.001  # scales are read again for every tile
     for name, tensor in tensors("out").items():
         wanted = between(known[name], b[name], 0.5).float()
         torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-8)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmerge import methods
@@ -23,6 +23,7 @@ from shardmerge.methods.api import (
     METHODS,
     Base,
     Over,
+    levels_of,
     measure,
     merge_method,
     merges,
@@ -127,7 +128,7 @@ def test_ties_finds_any_threshold_to_the_bit(bits, density, trim):
 
 
 def test_ties_of_a_large_tensor_with_few_magnitudes():
-    """Half a million elements in each of four magnitudes: one bin holds far more than the rank."""
+    """Two million elements of four magnitudes: one bin holds far more than the rank."""
     rng = np.random.default_rng(0)
     deltas = rng.choice([0.0, 1.0, -1.0, 2.0, 1.0 + 2.0**-23], 2_000_000).astype(np.float32)
     for density in (0.1, 0.25, 0.5, 0.999):
@@ -145,8 +146,8 @@ def test_ties_with_density_0_keeps_the_largest(trim):
 @pytest.mark.parametrize("trim", list(Over))
 def test_ties_with_density_1_keeps_all(trim):
     method = ties(density=1.0, trim=trim)
-    assert merged(method, [0, 0, 0], [1, -3, 1e-30]).tolist() == [1, -3, np.float32(1e-30)]
-    assert METHODS["ties"].levels(method)["coarse"] is None
+    assert merged(method, [0, 0, 0], [1, -3, 2.0**-100]).tolist() == [1, -3, 2.0**-100]
+    assert levels_of(method)["coarse"] is None
 
 
 def test_each_model_of_ties_is_trimmed_by_its_own_density():
@@ -454,7 +455,7 @@ TIES_PASSES = ("coarse", "bins", "fine", "cut", "magnitudes", "scales", "signs",
     ],
 )
 def test_what_each_pass_is_taken_over(method, expected):
-    assert METHODS[method.merge_name].levels(method) == expected
+    assert levels_of(method) == expected
 
 
 def test_one_density_below_1_makes_ties_measure():
@@ -466,7 +467,7 @@ def test_one_density_below_1_makes_ties_measure():
         lam=1.0,
         trim=Over.TENSOR,
     )
-    assert METHODS["ties"].levels(method)["cut"] is T
+    assert levels_of(method)["cut"] is T
 
 
 def test_a_pass_that_asks_for_what_there_is_not_is_refused_at_import():
@@ -603,7 +604,5 @@ def test_a_ninth_method_is_one_file(tmp_path):
 def test_arrays_keep_their_shape(shape, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(-9, 9, (2, *shape))
-    assume(a.size < 100)
     got = merge_arrays(Linear(weight=(1.0, 1.0), normalize=False), models=[a, b])
-    assert np.array(got).shape == (a + b).shape or not a.size
-    assert got == (a + b).tolist()
+    assert got == np.asarray(a + b).tolist()

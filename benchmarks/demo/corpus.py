@@ -65,19 +65,23 @@ def read_standard_library(*, every: int = 1) -> list[Snippet]:
         every: Read one file of so many, to be quicker.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = frozenset(_SKIPPED.split())
     snippets: dict[Snippet, None] = {}  # an ordered set: many names and lines occur again and again
-    for path in sorted(root.rglob("*.py"))[::every]:
-        parts = path.relative_to(root).with_suffix("").parts
-        if skipped.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
-            continue
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
+    for path in [path for path in paths if _is_used(path)][::every]:
         try:
-            source = path.read_text(encoding="utf-8")
+            source = (root / path).read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             continue  # a file that cannot be read is not worth stopping a demonstration
-        snippets.update(dict.fromkeys(_snippets_of(source, tree, parts[0])))
+        package = path.with_suffix("").parts[0]
+        snippets.update(dict.fromkeys(_snippets_of(source, tree, package)))
     return list(snippets)
+
+
+def _is_used(path: Path) -> bool:
+    parts = path.with_suffix("").parts
+    skipped = frozenset(_SKIPPED.split())
+    return not (skipped.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")))
 
 
 def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippet]:

@@ -48,7 +48,7 @@ class Demo:
         if self.quick:
             self.tasks = build_tasks(train_size=train_size, test_size=40, every=3)[:2]
         else:
-            self.tasks = build_tasks(train_size=train_size, test_size=240)
+            self.tasks = build_tasks(train_size=train_size, test_size=200)
         base = save_base(packaged_model(), self.work)
         self.heads = {task.name: base.head(task) for task in self.tasks}
         self._took("prepare", started)
