@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shardmerge.errors import Stopped
 from shardmerge.executors.api import Executor
 from shardmerge.ledger import Ledger
-from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
+from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
 from shardmerge.shards import Receipt, ShardWriter
 from shardmerge.summaries import Partial, Summary, combine, settle
@@ -47,10 +48,29 @@ class Progress(Protocol):
 
 @dataclass(slots=True)
 class _Measuring:
-    """A pass of one scope whose tasks are not all done."""
+    """A pass of one scope whose tasks are not all done.
 
-    left: int
-    partials: list[Partial]
+    Args:
+        left: tasks that are not done.
+        counts: of those that are, added up: they are megabytes.
+        blocks: of those that are.
+    """
+
+    left: int = 0
+    counts: Counts | None = None
+    blocks: list[Partial] = field(default_factory=list)
+
+    def add(self, partial: Partial) -> None:
+        """One more task is done."""
+        self.left -= 1
+        if isinstance(partial, tuple):
+            self.blocks.append(partial)
+        else:
+            self.counts = partial if self.counts is None else self.counts + partial
+
+    def summary(self) -> Summary:
+        """Of all tasks."""
+        return combine(self.blocks) if self.counts is None else self.counts
 
 
 def execute(
@@ -141,8 +161,9 @@ class _Drive:
         self._waiting: dict[str, list[int]] = {}
         self._missing: dict[int, int] = {}
         self._ready: list[int] = []
-        self._measuring: dict[tuple[int, str], _Measuring] = {}
+        self._measuring: dict[int, dict[str, _Measuring]] = {}
         self._summaries: dict[int, dict[str, Summary]] = {}
+        self._flying = 0
         for task in self._tasks.values():
             self._enter(task)
 
@@ -164,8 +185,8 @@ class _Drive:
 
     def _enter(self, task: Task) -> None:
         if isinstance(task, MeasureTask):
-            pass_key = (task.scope, task.step)
-            self._measuring.setdefault(pass_key, _Measuring(0, [])).left += 1
+            passes = self._measuring.setdefault(task.scope, {})
+            passes.setdefault(task.step, _Measuring()).left += 1
         missing = [key for key in task.needs if key not in self._decided]
         for key in missing:
             self._waiting.setdefault(key, []).append(task.number)
@@ -176,21 +197,25 @@ class _Drive:
     def run(self, executor: Executor, stop: threading.Event) -> None:
         """Submit, collect, settle, until nothing is left."""
         self._announce()
-        flying = 0
-        while self._ready or flying:
-            if stop.is_set():
-                executor.stop()
-                self._collect(executor)
-                raise Stopped("stopped; run the same command again to go on from here.")
-            while self._ready and flying < executor.slots:
-                task = self._tasks[heapq.heappop(self._ready)]
-                executor.submit(task, {key: self._decided[key] for key in task.needs})
-                flying += 1
-            done = executor.next_done(_TICK_S)
-            if done is not None:
-                flying -= 1
-                self._finish(done)
-            self._committer.tick()
+        try:
+            while self._ready or self._flying:
+                if stop.is_set():
+                    raise Stopped("stopped; run the same command again to go on from here.")
+                self._submit(executor)
+                done = executor.next_done(_TICK_S)
+                if done is not None:
+                    self._finish(done)
+                self._committer.tick()
+        except BaseException:
+            self._rescue(executor)
+            raise
+
+    def _submit(self, executor: Executor) -> None:
+        """Keep every worker busy."""
+        while self._ready and self._flying < executor.slots:
+            task = self._tasks[heapq.heappop(self._ready)]
+            executor.submit(task, {key: self._decided[key] for key in task.needs})
+            self._flying += 1
 
     def _announce(self) -> None:
         tasks = self._plan.tasks
@@ -205,28 +230,39 @@ class _Drive:
             written_bytes=sum(receipt.nbytes for receipt in self._receipts.values()),
         )
 
-    def _collect(self, executor: Executor) -> None:
-        """Take what ended while the executor was stopping."""
-        while (done := executor.next_done(0)) is not None:
-            self._finish(done)
+    def _rescue(self, executor: Executor) -> None:
+        """Keep what ended while the executor was stopping."""
+        executor.stop()
+        for _ in range(self._flying):
+            # Only the first error is told; the same command meets the others again.
+            with contextlib.suppress(Exception):
+                done = executor.next_done(0)
+                if done is not None:
+                    self._finish(done)
 
     def _finish(self, done: Done) -> None:
+        self._flying -= 1
         task = self._tasks[done.task]
         self._committer.add(done.receipts)
         self._progress.task(done, task)
         if isinstance(task, MeasureTask) and done.partial is not None:
-            measuring = self._measuring[task.scope, task.step]
-            measuring.partials.append(done.partial)
-            measuring.left -= 1
+            measuring = self._measuring[task.scope][task.step]
+            measuring.add(done.partial)
             if measuring.left == 0:
-                del self._measuring[task.scope, task.step]
-                self._settle(task.scope, task.step, combine(measuring.partials))
+                self._measured(task.scope, task.step, measuring.summary())
 
-    def _settle(self, scope: int, step: str, summary: Summary) -> None:
-        """Take every decision that this summary completes, and wake what waits for it."""
-        plan_scope = self._plan.scopes[scope]
+    def _measured(self, scope: int, step: str, summary: Summary) -> None:
+        """A pass is complete: settle what can be, and forget what is no longer needed."""
+        del self._measuring[scope][step]
         summaries = self._summaries.setdefault(scope, {})
         summaries[step] = summary
+        self._settle(scope, summaries)
+        if not self._measuring[scope]:
+            del self._measuring[scope], self._summaries[scope]
+
+    def _settle(self, scope: int, summaries: Mapping[str, Summary]) -> None:
+        """Take every decision that these summaries allow, and wake what waits for it."""
+        plan_scope = self._plan.scopes[scope]
         method = plan_scope.method
         info = info_of(method)
         levels = levels_of(method)

@@ -146,8 +146,20 @@ def by_value(values: Sequence[tuple[ModelName, str]]) -> str:
 
 def take_from(model: ModelName) -> str:
     """The ``from`` of a rule."""
+    return f"from: {_in_recipe(model)}"
+
+
+_NO_TEXTS = ("true", "false", "yes", "no", "on", "off", "null")
+"""What YAML takes for something else than a text."""
+
+
+def _in_recipe(model: ModelName) -> str:
+    """A model as a recipe has it: in quotes where YAML would read something else."""
     text = str(model)
-    return f"from: {text}" if re.fullmatch(r"[\w./@:+~-]*[\w/]", text) else f'from: "{text}"'
+    plain = re.fullmatch(r"(?:[^\W\d]|\.{0,2}/|~/)[\w./@:+~-]*[\w/]|[^\W\d]", text)
+    if plain and text.lower() not in _NO_TEXTS:
+        return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _globs(names: Sequence[str], universe: Sequence[str]) -> Iterator[str]:
@@ -245,7 +257,7 @@ class Vocabulary:
         return (
             f"The vocabulary sizes differ, so {found.count} cannot be merged:\n{found.listing}\n"
             f"  Keep one model's vocabulary: {found.rule(take_from(self.keep))}\n"
-            f"  and its tokenizer: tokenizer_source: {self.keep}"
+            f"  and its tokenizer: tokenizer_source: {_in_recipe(self.keep)}"
         )
 
 

@@ -30,6 +30,14 @@ CLEARING = "clearing"
 """Ledger event: the named files, of an older checkpoint, are being removed."""
 CLEARED = "cleared"
 """Ledger event: nothing of an older checkpoint is left; shards that have their names are ours."""
+_READ_WITH_WEIGHTS = re.compile(
+    r"(tokenizer|vocab|special_tokens_map|added_tokens|chat_template"
+    r"|(generation|tokenizer|(video_)?(pre)?processor|image_processor)_config)\.json"
+    r"|(vocab|merges)\.txt|chat_template\.jinja|additional_chat_templates/.*"
+    r"|.*\.(model|tiktoken|spm|bpe|codes)"
+    r"|((configuration|modeling|tokenization|processing)_|image_processing).*\.py"
+)
+"""Files that are read together with the weights: another checkpoint's would be misread as ours."""
 _ONLY_FILES = frozenset({SINGLE_SHARD, "pytorch_model.bin"})
 """Names of a file that is a checkpoint without an index."""
 _WEIGHTS = re.compile(
@@ -140,12 +148,15 @@ def clear(out: Path, ledger: Ledger) -> None:
 
 
 def _belonging(out: Path) -> set[str]:
-    """Names of the files of the checkpoint at ``out``; none where there are no weights."""
+    """Names of the files of the checkpoint at ``out``; none where there are no weights.
+
+    Other files stay, whoever put them there: notes, logs, results of evaluations.
+    """
     names = {path.name for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)}
     if not names:
         return set()
     with contextlib.suppress(CheckpointError, StoreError):
-        names.update(open_checkpoint(str(out)).files)
+        names.update(filter(_READ_WITH_WEIGHTS.fullmatch, open_checkpoint(str(out)).files))
     return names | {"config.json", "README.md", RECIPE, PROVENANCE}
 
 

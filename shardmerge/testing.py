@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain, combinations, cycle, islice, permutations, product
+from itertools import chain, combinations, cycle, islice, product
 from typing import TYPE_CHECKING, TypeVar, cast
 from unittest import mock
 
@@ -177,15 +177,17 @@ class Case:
         return np.asarray(found, dtype=np.float64)
 
     def kept(self) -> list[Mask]:
-        """The elements that a method keeps at random, of each model."""
-        streams = [
-            philox_stream(philox_key(0, position, "tensor"), 0, self.size).reshape(self.shape)
-            for position in range(len(self.models))
-        ]
+        """The elements that a method keeps at random, of each model: a share of ``density``."""
         return [
-            stream < share * 2.0**32
-            for stream, share in zip(streams, self.method.density, strict=True)
+            (_stream(position, self.size) < share * 2.0**32).reshape(self.shape)
+            for position, share in enumerate(self.method.density)
         ]
+
+
+@cache
+def _stream(position: int, count: int) -> npt.NDArray[np.uint32]:
+    """A model's random numbers in a merge of arrays with seed 0."""
+    return philox_stream(philox_key(0, position, "tensor"), 0, count)
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,8 @@ def numbers_for(item: Parameter, numbers: Numbers) -> SearchStrategy[float]:
 
     # Thousandths: sums are either rounded to next to nothing, or far from it.
     wanted = st.integers(-3000, 3000) | st.integers(0, 1000)
-    if numbers is Numbers.WHOLE:
-        wanted = st.integers(-8, 8).map(lambda n: 250 * n) | st.sampled_from([0, 250, 500, 1000])
+    if numbers is Numbers.WHOLE:  # few, so that weighted sums of zero are common
+        wanted = st.sampled_from([1000, 500, -1000, 1000, 2000, 750, 250, 0])
     return wanted.map(lambda n: n / 1000).filter(lambda value: item.check(value) is None)
 
 
@@ -284,9 +286,10 @@ def _models(setup: Setup) -> int:
     return len(setup.inputs.models)
 
 
-SMALL = ((), (0,), (1,), (LANES - 1,), (LANES,), (LANES + 1,), (7, 5), (3, 4, 5), (1000,))
+SCALAR, EMPTY, SINGLE = (), (0,), (1,)
+SMALL = ((LANES - 1,), (LANES,), (LANES + 1,), (7, 5), (3, 4, 5), (1000,))
 AROUND_BLOCK = tuple((CANONICAL_BLOCK + more,) for more in (-1, 0, 1))
-SHAPES = SMALL * 4 + AROUND_BLOCK
+SHAPES = (SCALAR, EMPTY, SINGLE, *SMALL * 5, *AROUND_BLOCK)
 SEVERAL_BLOCKS = ((2 * CANONICAL_BLOCK + 1,), (3, CANONICAL_BLOCK), (4 * CANONICAL_BLOCK - 7,))
 
 
@@ -344,7 +347,7 @@ def _values(
     for number, dtype in enumerate(dtypes):
         extra = number >= len(dtypes) - extras
         if numbers is Numbers.WHOLE:
-            values = rng.integers(1 if extra else -4, 5, shape).astype(np.float64)
+            values = rng.integers(1 if extra else -2, 3, shape).astype(np.float64)
         elif extra:
             values = np.exp(2 * rng.standard_normal(shape))
         else:
@@ -426,7 +429,7 @@ def _ties_undecided(case: Case, base: Floats) -> Mask:
     found |= _cancelling(case, votes)
     if method.trim is Over.MODEL:
         total = np.sum([vote.factor * vote.delta for vote in votes], axis=0)
-        if abs(np.sign(total).sum()) <= found.sum():
+        if found.any() and abs(np.sign(total).sum()) <= found.sum():
             found |= total == 0  # so close that undecided elections make the majority
     return found
 
@@ -510,16 +513,19 @@ def agrees_with_its_oracle(info: MethodInfo) -> None:
         _assume(np.abs(expected).max() < _LARGEST[case.output])
         _close(case.merged(), expected, bound(case, expected), undecided(case))
 
-    _for_all(law, cases(info), examples=80)
+    _for_all(law, cases(info), examples=120)
 
 
 def does_not_depend_on_tiles(info: MethodInfo) -> None:
-    """The same bytes, whatever part of a tensor a kernel is run on at a time."""
+    """The same bytes and decisions, whatever part of a tensor a kernel is run on at a time."""
 
     def law(case: Case) -> None:
-        whole = case.run()
+        whole, seen = _watch(case, tile=64 * CANONICAL_BLOCK)
         for blocks in (1, 2, 3):
-            assert case.run(tile=blocks * CANONICAL_BLOCK) == whole, f"tiles of {blocks} blocks"
+            tiled, seen_tiled = _watch(case, tile=blocks * CANONICAL_BLOCK)
+            # Bytes seldom show what rounding did to a sum: decisions do.
+            assert seen_tiled[-1].decisions == seen[-1].decisions, f"tiles of {blocks} blocks"
+            assert tiled == whole, f"tiles of {blocks} blocks"
 
     _for_all(law, cases(info, shapes=SEVERAL_BLOCKS), examples=8)
 
@@ -567,14 +573,14 @@ def order_matters_only_where_declared(info: MethodInfo) -> None:
 
     def law(case: Case) -> None:
         expected = case.expected()
-        _assume(np.abs(expected).max(initial=0.0) < _LARGEST[case.output])
-        for order in list(permutations(range(len(case.models))))[1:]:
+        _assume(np.abs(expected).max() < _LARGEST[case.output])
+        first, most = case.merged(), 2 * bound(case, expected)
+        numbers = range(len(case.models))
+        for order in {(*numbers[1:], 0), tuple(reversed(numbers))}:
             other = _ordered(case, order)
-            left_out = undecided(case) | undecided(other)
-            _close(other.merged(), case.merged(), 2 * bound(case, expected), left_out)
+            _close(other.merged(), first, most, undecided(case) | undecided(other))
 
-    sizes = [shape for shape in SMALL if shape != (0,)]
-    _for_all(law, cases(info, among=several, shapes=sizes), examples=20)
+    _for_all(law, cases(info, among=several, shapes=(SCALAR, *SMALL)), examples=20)
 
 
 def _ordered(case: Case, order: Sequence[int]) -> Case:
@@ -637,7 +643,7 @@ def tells_non_finite_inputs_apart(info: MethodInfo) -> None:
         result = loaded(np.frombuffer(written, dtype=np.uint8), case.output)
         assert bool(flags >> OUTPUT_BIT) == (not np.isfinite(result).all())
 
-    shapes = [(1,), (LANES + 1,), (CANONICAL_BLOCK + 1,), (CANONICAL_BLOCK + 1,)]
+    shapes = [SINGLE, (LANES + 1,), (CANONICAL_BLOCK + 1,), (CANONICAL_BLOCK + 1,)]
     drawn = st.tuples(cases(info, shapes=shapes), troubles, st.integers(0, 255))
     _for_all(law, drawn, examples=60)
 
@@ -679,27 +685,33 @@ def reads_what_it_declares(info: MethodInfo) -> None:
     """A measuring pass reads no input but those that it declares; others may not be in memory."""
 
     def law(case: Case) -> None:
-        watched = _Watched()
-        with mock.patch.object(arrays, "_KERNELS", watched):
-            case.run()
         inputs = case.inputs
         names = [] if inputs.base is None else ["base"]
         names += ["models"] * len(inputs.models)
         names += [kind for kind, dtypes in inputs.extras for _ in dtypes]
-        for step, kernel in watched.seen:
-            if step.kind is Kind.MEASURE:
-                read = {names[number] for number in kernel.inputs}
-                assert read <= set(step.reads), f"{step.name} reads {read}, declares {step.reads}"
+        for seen in _watch(case)[1]:
+            if seen.step.kind is Kind.MEASURE:
+                read, declared = {names[number] for number in seen.kernel.inputs}, seen.step.reads
+                assert read <= set(declared), f"{seen.step.name} reads {read}, not {declared}"
 
     _for_all(law, cases(info, shapes=[(LANES,)]), examples=20)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a merge asked its cache of kernels for, and got."""
+
+    step: Pass
+    kernel: Kernel
+    decisions: Decisions
 
 
 class _Watched(Kernels):
     """The same kernels, and which were asked for."""
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[Pass, Kernel]] = []
-        self._kernels = arrays._KERNELS
+    def __init__(self, kernels: Kernels) -> None:
+        self.seen: list[_Asked] = []
+        self._kernels = kernels
 
     def get(
         self,
@@ -710,8 +722,15 @@ class _Watched(Kernels):
         output: DType | None = None,
     ) -> Kernel:
         kernel = self._kernels.get(method, step, inputs, decisions, output)
-        self.seen.append((step, kernel))
+        self.seen.append(_Asked(step, kernel, dict(decisions)))
         return kernel
+
+
+def _watch(case: Case, *, tile: int = CANONICAL_BLOCK) -> tuple[tuple[bytes, int], list[_Asked]]:
+    """What a merge gives, and the passes that it ran."""
+    watched = _Watched(arrays._KERNELS)
+    with mock.patch.object(arrays, "_KERNELS", watched):
+        return case.run(tile=tile), watched.seen
 
 
 def is_described_consistently(info: MethodInfo) -> None:

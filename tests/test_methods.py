@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardmerge import methods
@@ -21,6 +21,7 @@ from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Inputs, Kernels, numbers_of
 from shardmerge.methods.api import (
     METHODS,
+    ORACLES,
     Base,
     Over,
     levels_of,
@@ -201,6 +202,13 @@ def test_a_sum_of_zero_elects_the_majority_of_the_model(others, elected):
     method = ties(models=2, trim=Over.MODEL)
     assert merged(method, [0, 0, 0], *models).tolist() == [elected, *others]
     assert merged(ties(models=2), [0, 0, 0], *models).tolist() == [2, *others]
+
+
+def test_the_majority_counts_what_trimming_left():
+    """By hand: sums are -, -, -, 0, +; the largest magnitudes leave 0, 0, 0, 0, +."""
+    models = [-1, -1, -1, 4, 4], [0, 0, 0, -4, 0]
+    method = ties(models=2, density=0.0, trim=Over.MODEL)
+    assert merged(method, [0] * 5, *models).tolist() == [0, 0, 0, 4, 4]
 
 
 def test_ties_restores_magnitudes_where_asked():
@@ -420,6 +428,36 @@ def test_a_zero_sum_of_weights_is_not_divided_by():
         trim=Over.TENSOR,
     )
     assert merged(method, [0, 0], [2, 3], [-3, 1]).tolist() == [5, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([DType.F32, DType.F16]),
+    st.tuples(*[st.integers(-300, 300).map(lambda n: n / 100)] * 3),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_weighted_sums_are_rounded_once(output, weight, normalize, seed):
+    """Their bits are those of the float64 formula, rounded to what is written."""
+    rng = np.random.default_rng(seed)
+    base, *models = rng.standard_normal((4, 500)).astype(np.float32)
+    linear = Linear(weight=weight, normalize=normalize)
+    added = TaskArithmetic(weight=weight, normalize=normalize, lam=0.7)
+    assume(not problems_of(linear))
+    for method, first in ((linear, None), (added, base)):
+        everything = models if first is None else [first, *models]
+        inputs = Inputs(None if first is None else DType.F32, (DType.F32,) * 3)
+        got, _ = merge_raw(method, inputs, everything, output=output)
+        given_models = [model.astype(np.float64) for model in models]
+        if first is None:
+            expected = ORACLES["linear"](None, given_models, weight=weight, normalize=normalize)
+        else:  # task vectors have the dtype of the inputs
+            zero, deltas = np.zeros(500), [(model - base).astype(np.float64) for model in models]
+            expected = base + ORACLES["task_arithmetic"](
+                zero, deltas, weight=weight, normalize=normalize, lam=0.7
+            )
+        kind = {DType.F32: np.float32, DType.F16: np.float16}[output]
+        assert np.array_equal(got.view(kind), expected.astype(kind))
 
 
 # --- passes -------------------------------------------------------------------------------------

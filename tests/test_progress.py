@@ -191,11 +191,10 @@ def test_a_bar_that_is_drawn_over_itself() -> None:
 def test_quick_tasks_are_not_drawn_one_by_one_but_the_last_is() -> None:
     clock = Clock()
     text, stream = terminal_of(Text, clock)
-    run(text, clock, step_s=0.01, tasks=101)
-    text.close()
-    drawn = stream.getvalue().split(DRAW)[1:]
+    run(text, clock, step_s=0.01, tasks=95)
+    drawn = stream.getvalue().split(DRAW)[1:]  # without waiting for the end: publishing takes time
     assert 5 <= len(drawn) <= 8  # one second, five times a second
-    assert "101/101 tasks" in drawn[-1]
+    assert "95/95 tasks" in drawn[-1]
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 100, 300])
