@@ -371,6 +371,7 @@ def provenance(
     recipe: Recipe,
     sources: Mapping[ModelName, Checkpoint],
     shards: Mapping[str, Mapping[str, object]],
+    non_finite: int,
     notes: Sequence[str],
 ) -> dict[str, object]:
     """What ``shardmerge.json`` says: what the shards were made from, and their checksums.
@@ -381,6 +382,7 @@ def provenance(
         version: of shardmerge.
         fingerprint: of all that the output's bytes depend on.
         shards: ``bytes`` and ``crc32`` of each, by file name.
+        non_finite: how many inputs and results hold NaN or infinity; 0 unless the recipe allows it.
         notes: every default that was used.
     """
     return {
@@ -395,6 +397,7 @@ def provenance(
             for name, checkpoint in sources.items()
         },
         "shards": {name: dict(found) for name, found in shards.items()},
+        "non_finite_tensors": non_finite,
         "notes": [public_text(note) for note in notes],
     }
 

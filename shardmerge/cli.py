@@ -35,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has left (``| head``); there is nobody to tell.
         return 1
+    except OSError as problem:
+        if problem.filename is not None:  # not of an output stream, so no mistake of the user's
+            raise
+        print(f"done, but the result could not be written to stdout: {problem}", file=sys.stderr)
+        return 1
     finally:
         _let_go()
 

@@ -7,13 +7,14 @@ a crash is cut off, and its part is done again.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fcntl
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -158,7 +159,7 @@ class Ledger:
         )
 
     def record(
-        self, receipts: Iterable[Receipt] = (), decisions: Mapping[str, Decision] | None = None
+        self, receipts: Sequence[Receipt] = (), decisions: Mapping[str, Decision] | None = None
     ) -> None:
         """Write receipts of parts that are durable themselves, and decisions."""
         records: list[Mapping[str, object]] = []
@@ -171,12 +172,12 @@ class Ledger:
             if receipt.non_finite:
                 record["non_finite"] = [list(pair) for pair in receipt.non_finite]
             records.append(record)
-            self.receipts[receipt.shard, receipt.number] = receipt
         for key, values in (decisions or {}).items():
             records.append({"decision": key, "values": list(values)})
-            self.decisions[key] = values
         if records:
             self._append(records)
+        self.receipts.update({(item.shard, item.number): item for item in receipts})
+        self.decisions.update(decisions or {})
 
     def mark(self, event: str, names: Sequence[str] = ()) -> None:
         """Record how far publishing came, and which files that is about."""
@@ -197,11 +198,15 @@ class Ledger:
 
     def _append(self, records: Sequence[Mapping[str, object]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        before = os.fstat(self._file).st_size
         try:
             while text:
                 text = text[os.write(self._file, text) :]
             os.fsync(self._file)
         except OSError as problem:
+            # Half a line must not stand before the next one; reading cuts off only the last.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
             raise write_failed(self._path, problem) from problem
 
     def close(self) -> None:

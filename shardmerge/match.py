@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge import methods, mismatch
-from shardmerge.errors import RecipeError
+from shardmerge.errors import PlanError, RecipeError
 from shardmerge.inputs import Chooser, Inputs
 from shardmerge.layers import input_embedding, is_vocabulary, output_embeddings
 from shardmerge.methods.api import Method
@@ -117,6 +117,7 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
         findings.note(text, head)
     findings.check(universe)
     stored = sources[donor].tensors
+    _check_vocabulary(tensors, stored)
     return Outputs(
         tensors=tuple(tensors.values()),
         shard_of=tuple(_shards(tensors, sources[donor], layered=recipe.layered)),
@@ -321,6 +322,21 @@ def _shards_by_size(tensors: Sequence[OutputTensor], donor: Checkpoint) -> Itera
             shard, filled = shard + 1, 0
         filled += nbytes
         yield shard
+
+
+def _check_vocabulary(tensors: Mapping[str, OutputTensor], donor: Mapping[str, TensorRef]) -> None:
+    """Refuse token and output embeddings of other row counts, unless the donor has such."""
+    name = input_embedding(tensors)
+    for head in output_embeddings(tensors):
+        if name is None or tensors[name].shape[:1] == tensors[head].shape[:1]:
+            continue
+        if {name, head} <= donor.keys() and donor[name].shape[:1] != donor[head].shape[:1]:
+            continue
+        raise PlanError(
+            f"{name} would have {tensors[name].shape[0]} rows and {head} "
+            f"{tensors[head].shape[0]}: no tokenizer fits both.\n"
+            "  Let the same rule decide both."
+        )
 
 
 def _vocab_size(tensors: Mapping[str, OutputTensor], donor: Mapping[str, TensorRef]) -> int | None:

@@ -73,10 +73,10 @@ def merge(
     plan, sources = prepare(recipe, out, memory_bytes=memory_bytes, threads=threads)
     place = output_folder(out)
     refuse_sources(place, sources)
-    if not fresh and is_published(place, plan):
+    files = _written_files(plan, sources)
+    if not fresh and is_published(place, plan, files):
         sweep(place)
         return _published(plan, already=True)
-    files = _written_files(plan, sources)
     with staging(place, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
         with EXECUTORS[executor](plan, writer) as workers:
             execute(
@@ -92,7 +92,8 @@ def merge(
         checksums = shard_checksums(plan.shards, ledger.receipts)
         names = [tensor.name for tensor in plan.tensors]
         refuse_occupied(place, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
-        publish(place, plan.shards, names, ledger, _contents(plan, sources, checksums))
+        contents = _contents(plan, sources, checksums, non_finite=len(_non_finite(ledger)))
+        publish(place, plan.shards, names, ledger, contents)
     return _published(plan, already=False)
 
 
@@ -183,10 +184,15 @@ def _refuse_changed(sources: Sources) -> None:
                 )
 
 
+def _non_finite(ledger: Ledger) -> list[tuple[int, int]]:
+    """Number and input of every tensor that holds NaN or infinity; input -1 is the result."""
+    return sorted({pair for receipt in ledger.receipts.values() for pair in receipt.non_finite})
+
+
 def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
     if plan.recipe.allow_non_finite:
         return
-    found = sorted({pair for receipt in ledger.receipts.values() for pair in receipt.non_finite})
+    found = _non_finite(ledger)
     if not found:
         return
     places: dict[str, list[str]] = {}
@@ -222,7 +228,11 @@ def _written_files(plan: Plan, sources: Sources) -> list[str]:
 
 
 def _contents(
-    plan: Plan, sources: Sources, checksums: Mapping[str, Mapping[str, object]]
+    plan: Plan,
+    sources: Sources,
+    checksums: Mapping[str, Mapping[str, object]],
+    *,
+    non_finite: int,
 ) -> dict[str, bytes]:
     """Their content."""
     donor, tokenizer = _donors(plan, sources)
@@ -241,6 +251,7 @@ def _contents(
             recipe=plan.recipe,
             sources=sources,
             shards=checksums,
+            non_finite=non_finite,
             notes=(*plan.recipe.notes, *plan.outputs.notes),
         )
     )

@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,6 @@ class ShardWriter:
         self._paths = [staged(out, shard) for shard in shards]
         self._sizes = [shard.nbytes for shard in shards]
         self._files: dict[int, int] = {}
-        self._dirty: set[int] = set()
         self._lock = threading.Lock()
 
     def reserve(self, done: set[int]) -> None:
@@ -107,14 +106,11 @@ class ShardWriter:
         """A writer of one part."""
         with self._lock:
             file = self._open(part.shard)
-            self._dirty.add(part.shard)
         return PartWriter(file, part, self._paths[part.shard])
 
-    def sync(self) -> None:
-        """Make every byte written so far durable."""
-        with self._lock:
-            dirty, self._dirty = self._dirty, set()
-        for number in sorted(dirty):
+    def sync(self, shards: Iterable[int]) -> None:
+        """Make every byte durable that was written to these shards before this call."""
+        for number in sorted(shards):
             try:
                 os.fdatasync(self._files[number])
             except OSError as problem:

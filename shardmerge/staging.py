@@ -52,16 +52,21 @@ def output_folder(out: str) -> Path:
 def refuse_sources(out: Path, sources: Mapping[ModelName, Checkpoint]) -> None:
     """Refuse to write where a source lies."""
     for name, checkpoint in sources.items():
-        folder = Path(checkpoint.url)
-        folder = folder if folder.is_dir() else folder.parent
-        if out.exists() and folder.exists() and out.samefile(folder):
+        # The folders that are read, whatever way the recipe names them.
+        files = {Path(s.url) for tensor in checkpoint.tensors.values() for s in tensor.segments}
+        folders = {file.parent for file in files}
+        if out.exists() and any(path.exists() and out.samefile(path) for path in folders):
             raise OutputError(
                 f"{out} is where the source {name} lies. Give another place for the output."
             )
 
 
-def is_published(out: Path, plan: Plan) -> bool:
-    """Whether OUT holds exactly what this plan makes, complete."""
+def is_published(out: Path, plan: Plan, files: Sequence[str]) -> bool:
+    """Whether OUT holds what this plan makes, complete as far as names, sizes and headers tell.
+
+    Args:
+        files: names of the output's other files.
+    """
     last = out / (INDEX if len(plan.shards) > 1 else plan.shards[0].name)
     if (out / STAGING / LEDGER).exists() or not last.exists():
         return False
@@ -70,13 +75,21 @@ def is_published(out: Path, plan: Plan) -> bool:
         shards = record["shards"]
         return bool(
             record["fingerprint"] == fingerprint(plan.identity)
+            and (plan.recipe.allow_non_finite or not record["non_finite_tensors"])
+            and all((out / name).exists() for name in files)
             and all(
                 (out / shard.name).stat().st_size == shards[shard.name]["bytes"]
+                and _starts_with(out / shard.name, shard.header)
                 for shard in plan.shards
             )
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _starts_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 @contextmanager

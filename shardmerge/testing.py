@@ -527,7 +527,9 @@ def does_not_depend_on_tiles(info: MethodInfo) -> None:
             assert seen_tiled[-1].decisions == seen[-1].decisions, f"tiles of {blocks} blocks"
             assert tiled == whole, f"tiles of {blocks} blocks"
 
-    _for_all(law, cases(info, shapes=SEVERAL_BLOCKS), examples=8)
+    # Not whole numbers: their sums are exact in any order.
+    rough = cases(info, numbers=[Numbers.ROUGH], shapes=SEVERAL_BLOCKS)
+    _for_all(law, rough, examples=12)
 
 
 def equal_models_give_that_model(info: MethodInfo) -> None:
@@ -627,7 +629,7 @@ def tells_non_finite_inputs_apart(info: MethodInfo) -> None:
     from hypothesis import strategies as st
 
     nan, inf = math.nan, math.inf
-    troubles = st.sampled_from([(nan,), (inf,), (-inf,), (inf, -inf), (nan, inf, -inf)])
+    troubles = st.sampled_from([(nan,), (inf,), (inf, -inf), (-inf, inf), (nan, -inf)])
 
     def law(drawn: tuple[Case, tuple[float, ...], int]) -> None:
         case, trouble, chosen = drawn

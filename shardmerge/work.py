@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shardmerge.decode import decode_blocks
 from shardmerge.errors import CheckpointError
-from shardmerge.kernels.compile import OUTPUT_BIT, Form, Kernel
+from shardmerge.kernels.compile import LAST_INPUT_BIT, OUTPUT_BIT, Form, Kernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
 from shardmerge.layout import Piece
@@ -313,7 +313,7 @@ class _TensorRun:
         for begin, end, bits in tiles:
             flags |= bits
             self._write(sink, self._output[: (end - begin) * size])
-        found = {(self.number, k) for k in kernel.inputs if flags >> k & 1}
+        found = {(self.number, k) for k in kernel.inputs if flags >> min(k, LAST_INPUT_BIT) & 1}
         if flags >> OUTPUT_BIT and not found:
             found = {(self.number, -1)}
         return found

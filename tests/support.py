@@ -221,6 +221,7 @@ def shrink(set_: Set, *, part_bytes: int = 1024, tile_blocks: int = 4, measure_b
     set_(execute, "COMMIT_BYTES", 4096)
     set_(execute, "COMMIT_S", 0.02)
     set_(local, "Kernels", _shared_kernels)
+    set_(arrays, "_KERNELS", _shared_kernels())
 
 
 _KERNELS: list[Kernels] = []

@@ -348,6 +348,7 @@ def test_provenance() -> None:
         recipe=Recipe.parse(text),
         sources={ModelName(url): checkpoint},
         shards={"model.safetensors": {"bytes": 10, "crc32": "0000abcd"}},
+        non_finite=0,
         notes=[f"x: only in {url}; copied from it"],
     )
     assert json.loads(json.dumps(found)) == found

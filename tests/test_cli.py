@@ -668,6 +668,22 @@ def test_a_merge_that_nobody_watches(capsys: Capture, family: Callable[..., None
     run(capsys, "verify", "out")
 
 
+def test_a_result_that_cannot_be_written(capsys: Capture, family: Callable[..., None]) -> None:
+    """``merge --json > full``: the checkpoint is there, but the user must know what is not."""
+    family(HALVES)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shardmerge", "merge", recipe(LINEAR), "out", "--quiet"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert "could not be written to stdout" in done.stderr and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    run(capsys, "verify", "out")
+
+
 def test_names_that_a_terminal_cannot_show(family: Callable[..., None]) -> None:
     family({"größe.weight": (DType.BF16, (2,))})
     plain = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0")

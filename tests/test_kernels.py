@@ -138,6 +138,20 @@ def test_non_finite_inputs_and_results_are_told_apart(dtype):
         assert run(kernel, [a, b], out) == 1 << OUTPUT_BIT
 
 
+@pytest.mark.parametrize("count", [3, 62, 63, 64, 70])
+def test_an_overflow_is_seen_with_any_number_of_inputs(count):
+    """Inputs from number 62 on share a bit; the output keeps its own."""
+    total = source(0)
+    for number in range(1, count):
+        total = total + source(number)
+    arrays = [np.full(5, 60000.0, dtype=np.float32) for _ in range(count)]
+    kernel = compile_map(total, [DType.F32] * count, DType.F16)
+    out = np.empty(5, dtype=np.uint16)
+    assert run(kernel, arrays, out) == 1 << OUTPUT_BIT
+    arrays[-1][2] = np.nan
+    assert run(kernel, arrays, out) == 1 << OUTPUT_BIT | 1 << min(count - 1, 62)
+
+
 def test_philox_known_answers():
     """The vectors that the authors publish with Random123."""
     full = 0xFFFFFFFF

@@ -305,6 +305,26 @@ def test_dare_with_density_0_gives_the_base_or_is_refused():
     assert list(problems_of(dare(density=0.0, rescale=Rescale.INV_KEEP)))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        dare(density=0.0, rescale=Rescale.L1),
+        dare(DareTies, density=0.0, rescale=Rescale.L1),
+        ties(density=0.5, rescale=True),
+    ],
+)
+def test_sums_that_are_not_finite_restore_nothing(method):
+    """A NaN that is dropped leaves a sum of NaN, and 0 of what is kept: no division by it."""
+    zeros = np.zeros(100, dtype=np.float32)
+    for bad in (np.nan, np.inf):
+        model = zeros.copy()
+        model[7] = bad
+        inputs = Inputs(DType.F32, (DType.F32,))
+        got, flags = merge_raw(method, inputs, [zeros, model], output=DType.F32)
+        assert flags & 0b11 == 0b10
+        assert np.isfinite(got.view(np.float32)).sum() >= 99, "no other element is touched"
+
+
 # --- slerp --------------------------------------------------------------------------------------
 
 

@@ -247,9 +247,10 @@ def test_block_scales(dtype, scale_dtype, shape, block, data):
     assert len(read) <= last + 1, "each row of scales is read once"
 
 
-def test_fp8_without_scales():
-    codes = np.arange(256, dtype=np.uint8)
-    ref = TensorRef("w", DType.F8_E4M3, (256,), (Segment("w", 0, 256),))
-    values = np.empty(100, dtype=np.float32)
-    assert decode_blocks(ref, 7, codes[7:107], values, lambda *_: 1 // 0) == 0
-    assert np.array_equal(values, fp8_values(DType.F8_E4M3)[7:107], equal_nan=True)
+@pytest.mark.parametrize("count", [0, 1, 100, 2**16, 3 * 2**16 + 5])
+def test_fp8_without_scales(count):
+    codes = np.random.default_rng(0).integers(0, 256, count + 7, dtype=np.uint8)
+    ref = TensorRef("w", DType.F8_E4M3, (count + 7,), (Segment("w", 0, count + 7),))
+    values = np.empty(count, dtype=np.float32)
+    assert decode_blocks(ref, 7, codes[7:], values, lambda *_: 1 // 0) == 0
+    assert np.array_equal(values, fp8_values(DType.F8_E4M3)[codes[7:]], equal_nan=True)

@@ -68,7 +68,7 @@ def apply(kernel, method, inputs, *arrays, decisions=None):
 def test_one_kernel_serves_all_weights(compiled):
     kernels, inputs = Kernels(), Inputs(None, (F32, F32))
     first = merge_kernel(kernels, linear(1.0, 1.0), inputs)
-    for weights in ((0.0, 2.0), (-3.0, 1e30), (0.5, 0.25)):
+    for weights in ((0.0, 2.0), (-3.0, 1e30), (1, 2)):
         assert merge_kernel(kernels, linear(*weights), inputs) is first
     assert compiled == ["merge"]
 

@@ -3,7 +3,8 @@
 Promises, which ``testing.ExecutorSuite`` checks for every executor:
 
 - every task that is submitted ends in exactly one ``Done`` or one error raised by ``next_done``.
-- ``stop`` makes running tasks end soon, without a ``Done``; none is started after it.
+- after ``stop`` no task is started; those that are running end soon, with a ``Done`` or without,
+  and ``next_done`` still gives every ``Done``.
 """
 
 from __future__ import annotations

@@ -26,8 +26,13 @@ LANES = 32
 KERNEL_DTYPES = (DType.BF16, DType.F16, DType.F32, DType.F64)
 """What a kernel reads and writes; other dtypes are decoded to float32 before it runs."""
 
+LAST_INPUT_BIT = 62
+"""Bit of a map's answer that inputs from number 62 on share; input k below it has bit k."""
+
 OUTPUT_BIT = 63
-"""Bit of a map's answer: the output holds NaN or infinity; bit k says it of input k."""
+"""Bit of a map's answer: the output holds NaN or infinity."""
+
+_OUTPUT = -1  # in the place of an input's number
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _F64 = ir.DoubleType()
@@ -229,34 +234,38 @@ def compile_map(result: Expr, dtypes: Sequence[DType], output: DType) -> Kernel:
     b = loop.b
     flags = b.alloca(_I64)
     b.store(ir.Constant(_I64, 0), flags)
-    numbers = [*inputs, OUTPUT_BIT]
     vector = ir.VectorType(_I8, LANES)
     # One accumulator per input keeps the loop free of branches; they become registers.
-    bad = {number: b.alloca(vector) for number in numbers}
+    bad = {number: b.alloca(vector) for number in (*inputs, _OUTPUT)}
     for place in bad.values():
         b.store(ir.Constant(vector, [0] * LANES), place)
 
     def body(emit: Emitter, index: ir.Value) -> None:
         value = emit.emit(result)
-        found = {OUTPUT_BIT: emit.store(value, loop.output, output)}
+        found = {_OUTPUT: emit.store(value, loop.output, output)}
         found |= {number: emit.non_finite(number) for number in inputs}
         for number, condition in found.items():
             if emit.lanes == LANES:
                 seen = b.or_(b.load(bad[number]), b.zext(condition, vector))
                 b.store(seen, bad[number])
             else:
-                bit = ir.Constant(_I64, 1 << number if number < 63 else -(1 << 63))
-                b.store(b.or_(b.load(flags), b.select(condition, bit, ir.Constant(_I64, 0))), flags)
+                b.store(_flagged(b, b.load(flags), condition, number), flags)
 
     loop.elements(ir.Constant(_I64, 0), loop.count, body)
     total = b.load(flags)
-    for number in numbers:
-        packed = b.bitcast(b.load(bad[number]), ir.IntType(8 * LANES))
+    for number, place in bad.items():
+        packed = b.bitcast(b.load(place), ir.IntType(8 * LANES))
         some = b.icmp_unsigned("!=", packed, ir.Constant(ir.IntType(8 * LANES), 0))
-        bit = ir.Constant(_I64, 1 << number if number < 63 else -(1 << 63))
-        total = b.or_(total, b.select(some, bit, ir.Constant(_I64, 0)))
+        total = _flagged(b, total, some, number)
     b.ret(total)
     return loop.compiled(Form.MAP, 1, inputs)
+
+
+def _flagged(b: ir.IRBuilder, flags: ir.Value, condition: ir.Value, number: int) -> ir.Value:
+    """``flags`` with the bit of an input (or the output) set where ``condition`` holds."""
+    bit = OUTPUT_BIT if number == _OUTPUT else min(number, LAST_INPUT_BIT)
+    signed = (1 << bit) - (1 << 64 if bit == 63 else 0)
+    return b.or_(flags, b.select(condition, ir.Constant(_I64, signed), ir.Constant(_I64, 0)))
 
 
 def compile_totals(totals: Totals, dtypes: Sequence[DType]) -> Kernel:

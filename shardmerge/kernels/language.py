@@ -272,4 +272,3 @@ class Histograms:
 
 
 HISTOGRAM_BINS = 65_536
-Summary = Totals | Histograms

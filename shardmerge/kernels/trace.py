@@ -79,10 +79,10 @@ def _substitute(
     symbolic = object.__new__(type(method))
     for item in dataclasses.fields(method):
         value = getattr(method, item.name)
-        if isinstance(value, float):
+        if _is_number(value):
             value = replace(value)
-        elif isinstance(value, tuple) and all(isinstance(number, float) for number in value):
-            value = tuple(replace(number) for number in value)
+        elif isinstance(value, tuple):
+            value = tuple(replace(item) if _is_number(item) else item for item in value)
         object.__setattr__(symbolic, item.name, value)
     given = [decisions[name] for name in step.needs]
     return symbolic, [
@@ -91,11 +91,15 @@ def _substitute(
     ]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _static(method: Method) -> tuple[object, ...]:
     """What the code of a kernel depends on, of a method's fields."""
 
     def shape(value: object) -> object:
-        if isinstance(value, float):
+        if _is_number(value):
             return "number"
         return tuple(map(shape, value)) if isinstance(value, tuple) else value
 
