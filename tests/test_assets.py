@@ -352,7 +352,15 @@ def test_provenance() -> None:
         notes=[f"x: only in {url}; copied from it"],
     )
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["shardmerge", "fingerprint", "recipe", "sources", "shards", "notes"]
+    assert list(found) == [
+        "shardmerge",
+        "fingerprint",
+        "recipe",
+        "sources",
+        "shards",
+        "non_finite_tensors",
+        "notes",
+    ]
     assert found["sources"] == {
         "https://host/models/a": {
             "url": "https://host/models/a",
