@@ -370,7 +370,8 @@ class _TensorRun:
                         f"{self._tensor.name} holds {self._tensor.dtype.torch_name} and differs "
                         f"between {refs[0].segments[0].url} and {refs[number].segments[0].url}.\n"
                         "  Integers cannot be merged. Say which to take: rules: "
-                        f'[{{tensors: "{self._tensor.name}", from: <model>}}].'
+                        f'[{{tensors: "{self._tensor.name}", from: <model>}}], and start over '
+                        "with --fresh."
                     )
             self._write(sink, first)
 

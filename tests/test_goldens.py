@@ -147,7 +147,7 @@ def test_papers(case, tmp_path):
 
 
 def at_mergellm_threshold(models, base, name):
-    """MergeLLM drops int(0.8 n) - 1 elements, ours n - int(0.2 n): the ranks between are undecided."""
+    """MergeLLM drops int(0.8 n) - 1 elements, ours n - int(0.2 n): ranks between are undecided."""
     undecided = torch.zeros(base[name].shape, dtype=torch.bool)
     for model in models:
         delta = (model[name] - base[name]).abs()

@@ -305,7 +305,7 @@ sede: 1
         "dtype, out_dtype, tokenizer_source, rules, seed, shard_size, allow_non_finite). "
         "Did you mean 'seed'?",
         "models[1].parameters: unknown parameter 'desnity' of ties (it has weight, density, "
-        "normalize, lambda, trim). Did you mean 'density'?",
+        "normalize, rescale, lambda, trim). Did you mean 'density'?",
         "dtype: 'float8' is not a dtype that can be written; it must be one of float16, bfloat16, "
         "float32, float64",
     )
@@ -827,7 +827,9 @@ def test_task_vectors_from_a_base_model_that_is_merged_itself():
 def test_a_parameter_that_two_methods_understand_differently():
     rules = [{"tensors": "x", "merge_method": "dare_ties"}]
     text = recipe(rules=rules, parameters={"rescale": "inv_keep"})
-    assert resolved(text, "x").rescale is Rescale.INV_KEEP
+    assert "parameters.rescale" in problem(text)  # ties knows only true and false
+    rules[0]["parameters"] = {"rescale": "inv_keep"}
+    assert resolved(recipe(rules=rules), "x").rescale is Rescale.INV_KEEP
     models = [{"model": "a", "parameters": {"weight": -1}, "fisher": "f"}]
     rules = [{"tensors": "x", "merge_method": "fisher"}]
     text = recipe(rules=rules, models=models)
