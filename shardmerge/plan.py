@@ -162,8 +162,7 @@ def make_plan(
     specs = [Spec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     shards = lay_out(specs, outputs.shard_of, recipe.shard_size)
     scopes, model_scope = _scopes(tensors, layered=recipe.layered)
-    parts = sum(len(unit.parts) for shard in shards for unit in shard.units)
-    workers, worker_bytes = _share_memory(tensors, memory_bytes, min(2 * cpus, max(parts, 1)))
+    workers, worker_bytes = _share_memory(tensors, memory_bytes, cpus)
     planner = _Planner(tensors, model_scope, scopes, worker_bytes)
     tasks = tuple(planner.tasks(shards))
     return Plan(
@@ -308,13 +307,10 @@ def _resident_bytes(tensor: OutputTensor) -> int:
     return numel * element_bytes(inputs_of(tensor)) + tile + _summary_bytes(tensor) + 64 * 64
 
 
-def _share_memory(tensors: Sequence[OutputTensor], memory_bytes: int, most: int) -> tuple[int, int]:
-    """Number of workers, at most ``most``, and the memory of each.
-
-    There are two for each kernel that may run, so that some read and write meanwhile.
-    """
+def _share_memory(tensors: Sequence[OutputTensor], memory_bytes: int, cpus: int) -> tuple[int, int]:
+    """Number of workers and the memory of each: two per CPU, so that some do I/O meanwhile."""
     least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
-    for workers in range(most, 0, -1):
+    for workers in range(2 * cpus, 0, -1):
         share = (memory_bytes - FOOTPRINT_BYTES) // workers
         if share >= max(least, COMFORTABLE_BYTES) or (workers == 1 and share >= least):
             return workers, share
