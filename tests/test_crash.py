@@ -225,3 +225,24 @@ def chosen_points(case: Scenario, rng: random.Random) -> list[dict[str, object]]
 def first_of_publishing(case: Scenario) -> int:
     """Number of the first call after the last part was written."""
     return max(n for n, call in enumerate(case.calls) if call.startswith("pwrite")) + 1
+
+
+def test_killed_while_an_unfinished_run_is_forgotten(tmp_path, merges, monkeypatch):
+    """Receipts must not outlive what they prove: their files are made again, full of zeros."""
+    case = scenario(tmp_path / "case", merges, shards=3)
+    names = [f"{shard.name}.part" for shard in case.shards]
+    points = [
+        {"op": "unlink", "path": f"{STAGING}/{name}", "when": when}
+        for name in ("ledger.jsonl", *names)
+        for when in ("before", "after")
+    ]
+    for number, point in enumerate(points):
+        out, log = tmp_path / str(number), tmp_path / f"log{number}"
+        arguments = case.arguments(out)
+        late = {"op": "pwrite", "path": names[2], "nth": 5, "when": "after"}
+        early = {"op": "pwrite", "path": ".part", "when": "before"}
+        for options, more in ((late, []), (point, ["--fresh"]), (early, [])):
+            status = merges.run([*arguments, *more], log, do="kill", **options)
+            assert status == KILLED, (point, options)
+            assert receipts(out) or options is not late
+        check_resume(case, out, point, monkeypatch)
