@@ -359,9 +359,7 @@ class _Planner:
     def _unit(self, unit: Unit) -> Iterator[Task]:
         measured = [t for t in unit.tensors if self._has(t, Over.TENSOR)]
         needed = max((_resident_bytes(self._tensors[t]) for t in measured), default=0)
-        # A large tensor that is not measured gains nothing from staying in memory.
-        large = len(unit.parts) > 1 and unit.tensors[-1] not in measured
-        if measured and not large and needed <= self._worker_bytes:
+        if measured and needed <= self._worker_bytes:
             yield self._merge(unit.parts, resident=True)
             return
         for tensor in measured:
