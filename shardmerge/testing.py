@@ -650,9 +650,9 @@ def tells_non_finite_inputs_apart(info: MethodInfo) -> None:
         result = loaded(np.frombuffer(written, dtype=np.uint8), case.output)
         assert bool(flags >> OUTPUT_BIT) == (not np.isfinite(result).all())
 
-    shapes = [SINGLE, (LANES + 1,), (CANONICAL_BLOCK + 1,), (CANONICAL_BLOCK + 1,)]
+    shapes = [SINGLE, SINGLE, (LANES + 1,), (CANONICAL_BLOCK + 1,), (CANONICAL_BLOCK + 1,)]
     drawn = st.tuples(cases(info, shapes=shapes), troubles, st.integers(0, 255))
-    _for_all(law, drawn, examples=60)
+    _for_all(law, drawn, examples=120)
 
 
 SECTIONS = ("Passes", "Args", "Shapes", "Raises", "Differs", "Example", "Reference")

@@ -147,12 +147,15 @@ class Merges:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Merges:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # With what a test that failed has left paused.
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
     def warm(self, recipe: str, out: Path, memory_bytes: int) -> None:
@@ -169,6 +172,7 @@ class Merges:
         """Begin a merge that pauses; gives its process once it does."""
         self._tell(arguments=arguments, log=str(log), do="pause", pid=True, **options)
         process = self.answer()
+        assert process > 1
         paused = Path(f"{log}.paused")
         until = time.monotonic() + _PAUSE_S
         while not paused.exists():
