@@ -8,7 +8,7 @@ INSTALL     := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 STAMPS      := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench readme clean
+.PHONY: help venv demo servers test check bench readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,12 @@ venv: $(STAMPS)-base ## .venv/bin/shardmerge, without torch
 demo: $(STAMPS)-demo ## fine-tune, merge and score a real encoder (a few minutes)
 	$(BIN)/python -m benchmarks.demo
 
-test: $(STAMPS)-test ## all tests
+# Swift comes from PyPI, Ceph from Debian: without apt its tests are skipped, and say so.
+servers: $(STAMPS)-test ## the real S3 servers that tests start
+	@$(BIN)/python -m tests.servers.swift --install
+	@$(BIN)/python -m tests.servers.rgw --install || true
+
+test: servers ## all tests
 	$(BIN)/python -m pytest -rs
 
 check: $(STAMPS)-test ## style, types, import direction, generated parts of README
@@ -39,8 +44,9 @@ check: $(STAMPS)-test ## style, types, import direction, generated parts of READ
 readme: $(STAMPS)-test ## write the generated parts of README
 	$(BIN)/python -m tests.readme
 
-bench: $(STAMPS)-base ## every figure of README; takes about an hour, mostly mergekit's
+bench: servers ## every figure of README; takes about an hour, mostly mergekit's
 	$(BIN)/python -m benchmarks.bench_merge
+	$(BIN)/python -m benchmarks.bench_io
 	$(BIN)/python -m benchmarks.bench_memory
 	$(BIN)/python -m benchmarks.bench_peers
 

@@ -10,16 +10,16 @@ files, in the order of the data:
     sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
     match       which input tensors make each output tensor (parts, layers, mismatch: its steps)
     layout      where every element of the output goes: shards, headers, parts
-    plan        HOW: tasks, what each reads, keeps in memory and writes
+    plan        HOW: tasks, what each reads, keeps in memory and writes (memory: the sizes)
     execute     RUN: which task next, what is durable, when to stop
-    work        one task: read a tile, run a kernel, write a tile (decode, summaries: its steps)
+    work        one task: read a tile, run a kernel, write a tile (window, decode, summaries)
     ledger      which parts are written and what was decided
-    shards      TO: bytes to their place in an output shard
-    staging     OUT before it is published: lock, ledger, space
+    outputs     TO: places that a checkpoint is published at: parts, journal, lock, names
+    staging     OUT before it is published: is it free, what is there already
     publish     SHOW: check coverage, name the shards, write the index last (assets: small files)
     methods     one file per merge method
     kernels     a method's arithmetic, compiled to native loops
-    stores      places that hold bytes
+    stores      places that bytes are read from: ranges, checked and repeated
     executors   places to run tasks
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception

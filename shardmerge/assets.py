@@ -7,8 +7,10 @@ the number would now mean another kind of layer.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import yaml
 
@@ -18,6 +20,7 @@ from shardmerge.layers import LAYER_COUNT_KEYS, TEXT_SECTIONS, layer_count_of
 from shardmerge.match import Outputs, OutputTensor
 from shardmerge.numerics import DType
 from shardmerge.recipe import ModelName, Recipe
+from shardmerge.recipe_parts import public_text as public_text
 from shardmerge.sources.tensor import Checkpoint
 
 CONFIG = "config.json"
@@ -243,6 +246,58 @@ def files_to_copy(donor: Checkpoint, tokenizer: Checkpoint) -> list[tuple[Checkp
     return [(found[name], name) for name in sorted(found.keys() - _WRITTEN)]
 
 
+def names_of_files(donor: Checkpoint, tokenizer: Checkpoint) -> list[str]:
+    """The names of what ``files_of`` gives."""
+    copied = [name for _, name in files_to_copy(donor, tokenizer)]
+    return [*copied, *([CONFIG] if donor.config else []), CARD]
+
+
+def files_of(
+    recipe: Recipe,
+    outputs: Outputs,
+    donor: Checkpoint,
+    tokenizer: Checkpoint,
+    read: Callable[[Checkpoint, str], bytes],
+    *,
+    version: str,
+) -> dict[str, bytes]:
+    """The files that a loader reads beside the shards, and the model card.
+
+    Args:
+        donor: gives the configuration, and everything but the tokenizer.
+        tokenizer: gives the tokenizer's files.
+        read: gives a file of a checkpoint.
+        version: of shardmerge.
+    """
+    copied = files_to_copy(donor, tokenizer)
+    files = {name: read(checkpoint, name) for checkpoint, name in copied}
+    if donor.config:
+        files[CONFIG] = as_json(config_of(outputs, donor))
+    files[CARD] = model_card(recipe, outputs, version=version).encode()
+    return files
+
+
+def config_of(outputs: Outputs, donor: Checkpoint) -> dict[str, object]:
+    """The ``config.json`` of the output.
+
+    Raises:
+        PlanError: for layers that it cannot describe.
+    """
+    return patched_config(
+        donor.config,
+        dtype=written_dtype(outputs.tensors),
+        layer_count=outputs.layer_count,
+        layers=outputs.layers,
+        untied=outputs.untied,
+        vocab_size=outputs.vocab_size,
+    )
+
+
+def as_json(value: object) -> bytes:
+    """A JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 # --- model card ---------------------------------------------------------------------------------
 
 _HUB = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
@@ -360,9 +415,6 @@ def _without_paths(text: str, models: Iterable[ModelName]) -> str:
 
 # --- provenance ---------------------------------------------------------------------------------
 
-_LOGIN = re.compile(r"(?<=://)[^/\s'\"]*@")
-_QUERY = re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*?(?=[,\]}]*(?:[\s'\"]|$))")
-
 
 def provenance(
     *,
@@ -371,9 +423,10 @@ def provenance(
     recipe: Recipe,
     sources: Mapping[ModelName, Checkpoint],
     shards: Mapping[str, Mapping[str, object]],
+    files: Mapping[str, bytes],
     non_finite: int,
     notes: Sequence[str],
-) -> dict[str, object]:
+) -> bytes:
     """What ``shardmerge.json`` says: what the shards were made from, and their checksums.
 
     Credentials and query strings of URLs are left out.
@@ -382,10 +435,11 @@ def provenance(
         version: of shardmerge.
         fingerprint: of all that the output's bytes depend on.
         shards: ``bytes`` and ``crc32`` of each, by file name.
+        files: the other files; the model card's checksum is left out, since cards are edited.
         non_finite: how many inputs and results hold NaN or infinity; 0 unless the recipe allows it.
         notes: every default that was used.
     """
-    return {
+    record = {
         "shardmerge": version,
         "fingerprint": fingerprint,
         "recipe": public_text(recipe.text),
@@ -397,11 +451,12 @@ def provenance(
             for name, checkpoint in sources.items()
         },
         "shards": {name: dict(found) for name, found in shards.items()},
+        "files": {
+            name: {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+            for name, content in files.items()
+            if name != CARD
+        },
         "non_finite_tensors": non_finite,
         "notes": [public_text(note) for note in notes],
     }
-
-
-def public_text(text: str) -> str:
-    """A URL, or a text with URLs, without users, passwords, queries and fragments."""
-    return _QUERY.sub(r"\1", _LOGIN.sub("", text))
+    return as_json(record)

@@ -6,28 +6,34 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 from shardmerge import __version__, methods
 from shardmerge.errors import ShardmergeError, Stopped, VerifyError
 from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
+from shardmerge.stores import Settings, Stores
+from shardmerge.stores.settings import parse_s3
 
 EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
+    _have_streams()
     options = _parser().parse_args(arguments)
     # A tensor's or a file's name may hold what the terminal's encoding does not have.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)  # on stderr
     try:
         status = _run(options)
         sys.stdout.flush()
@@ -42,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         _let_go()
+
+
+def _have_streams() -> None:
+    """A stream that was closed before the start takes everything, and keeps nothing."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  it lives as long as we
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -100,8 +113,9 @@ def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
     merge = commands.add_parser("merge", help="merge checkpoints into a new one", epilog=EXIT_CODES)
     merge.set_defaults(run=_merge)
     merge.add_argument("recipe", help="YAML recipe (mergekit's vocabulary)")
-    merge.add_argument("out", help="folder of the new checkpoint")
+    merge.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
     _resources(merge)
+    _places(merge)
     merge.add_argument("--executor", choices=["local"], default="local", help="where tasks run")
     merge.add_argument(
         "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
@@ -119,6 +133,7 @@ def _add_plan(commands: _Commands[argparse.ArgumentParser]) -> None:
     plan.add_argument("recipe", help="YAML recipe")
     plan.add_argument("out", nargs="?", default="OUT", help="folder of the new checkpoint")
     _resources(plan)
+    _places(plan)
     plan.add_argument("--json", action="store_true", help="as one JSON object")
 
 
@@ -126,18 +141,27 @@ def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser("verify", help="check a published checkpoint, every byte")
     verify.set_defaults(run=_verify)
     verify.add_argument("checkpoint", help="its folder")
+    _places(verify)
     verify.add_argument("--json", action="store_true", help="as one JSON object")
 
     inspect = commands.add_parser("inspect", help="list tensors, dtypes, shapes, sizes")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("checkpoint", help="folder or .safetensors file")
+    _places(inspect)
     inspect.add_argument("--json", action="store_true", help="as JSON lines")
 
     diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor")
     diff.set_defaults(run=_diff)
     diff.add_argument("a", help="a checkpoint")
     diff.add_argument("b", help="another")
+    _places(diff)
     diff.add_argument("--json", action="store_true", help="as JSON lines")
+
+    clean = commands.add_parser("clean", help="remove what an abandoned run has left")
+    clean.set_defaults(run=_clean)
+    clean.add_argument("out", help="where it was to publish")
+    _places(clean)
+    clean.add_argument("--dry-run", action="store_true", help="only list it")
 
 
 def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -163,6 +187,27 @@ def _resources(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--s3",
+        action="append",
+        default=[],
+        metavar="[BUCKET:]NAME=VALUE",
+        help="a setting of S3 (anonymous, profile, endpoint_url, storage_class, ...), repeatable",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_minutes,
+        default=Settings().patience_minutes,
+        metavar="MINUTES",
+        help="how long a failing server is asked again (default %(default)g)",
+    )
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(options.patience, parse_s3(options.s3))
+
+
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
@@ -173,6 +218,12 @@ def _bytes(text: str) -> int:
     if found is None or found[2].lower() not in _UNITS:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write 4GiB, 512MiB or 2GB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of minutes; write 10 or 0.5")
+    return float(text)
 
 
 def _count(text: str) -> int:
@@ -200,6 +251,7 @@ def _merge(options: argparse.Namespace) -> int:
                 fresh=options.fresh,
                 progress=display,
                 stop=stop,
+                settings=_settings(options),
             )
         finally:
             display.close()
@@ -213,6 +265,13 @@ def _merge(options: argparse.Namespace) -> int:
         f"{published.out}: {done}; {counted(published.tensors, 'tensor')}, "
         f"{size(published.nbytes)} in {counted(len(published.shards), 'shard')}"
     )
+    if published.requests:
+        gib = published.requested_bytes / 2**30
+        print(
+            f"{counted(published.requests, 'request')} for {size(published.requested_bytes)}: "
+            f"{published.requests / gib:,.0f} per GiB",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -245,10 +304,14 @@ def _plan(options: argparse.Namespace) -> int:
     from shardmerge.describe import describe_plan, plan_text
     from shardmerge.merge import prepare
 
-    plan, _ = prepare(
-        options.recipe, options.out, memory_bytes=options.memory, threads=options.threads
+    ready = prepare(
+        options.recipe,
+        options.out,
+        memory_bytes=options.memory,
+        threads=options.threads,
+        settings=_settings(options),
     )
-    facts = describe_plan(plan)
+    facts = describe_plan(ready.plan)
     print(json.dumps(facts) if options.json else plan_text(facts))
     return 0
 
@@ -256,7 +319,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from shardmerge.verify import verify
 
-    report = verify(options.checkpoint)
+    report = verify(options.checkpoint, Stores(_settings(options)))
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
     if report.problems:
@@ -277,7 +340,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from shardmerge.describe import describe_checkpoint, describe_tensor
     from shardmerge.sources import open_checkpoint
 
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint = open_checkpoint(options.checkpoint, None, Stores(_settings(options)))
     for tensor in checkpoint.tensors.values():
         facts = describe_tensor(checkpoint, tensor)
         if options.json:
@@ -293,11 +356,30 @@ def _inspect(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from shardmerge.diff import diff
 
-    for found in diff(options.a, options.b):
+    for found in diff(options.a, options.b, Stores(_settings(options))):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
             print(found.line())
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from shardmerge.outputs import open_output
+
+    output = open_output(options.out, Stores(_settings(options)))
+    found = output.leftovers()
+    if found and not options.dry_run:
+        with output.locked():
+            found = output.leftovers()  # a run may have ended meanwhile
+            output.forget()
+            output.tidy()
+    for left in found:
+        print(left)
+    if not found:
+        print(f"{options.out}: no unfinished run has left anything")
+    elif not options.dry_run:
+        print(f"{options.out}: removed; nothing of an unfinished run is left")
     return 0
 
 

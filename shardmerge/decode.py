@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -13,9 +12,6 @@ from shardmerge.sources.tensor import BlockScale, TensorRef
 
 _TAKE_ELEMENTS = 2**16
 """Elements looked up at a time: numpy makes 8-byte indices of them first."""
-
-Read = Callable[[TensorRef, int, int, npt.NDArray[np.uint8]], int]
-"""Fills a buffer with the stored bytes of elements [start, stop) and gives their number."""
 
 
 @cache
@@ -43,66 +39,79 @@ def fp8_values(dtype: DType) -> npt.NDArray[np.float32]:
     return decoded
 
 
+def scale_range(ref: TensorRef, start: int, stop: int) -> tuple[int, int]:
+    """The elements of the scales, as a flat range, that elements ``[start, stop)`` need."""
+    if ref.decode is None or stop <= start:
+        return 0, 0
+    rows, across = ref.decode.rows * ref.shape[1], ref.decode.scale.shape[1]
+    return start // rows * across, -(-stop // rows) * across
+
+
+def scale_bytes(ref: TensorRef, count: int) -> int:
+    """The most memory that the scales of ``count`` consecutive elements take."""
+    if ref.decode is None:
+        return 0
+    rows = ref.decode.rows * ref.shape[1]
+    block_rows = min(count // rows + 2, ref.decode.scale.shape[0])
+    return block_rows * ref.decode.scale.shape[1] * ref.decode.scale.dtype.itemsize
+
+
 def decode_blocks(
     ref: TensorRef,
     start: int,
     raw: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],
-    read: Read,
-) -> int:
-    """Fill ``values`` with the float32 values of the elements from ``start`` on, given their codes.
+) -> None:
+    """Fill ``values`` with the float32 values of the elements from ``start`` on.
 
-    Returns:
-        the bytes of scales that were read.
+    Args:
+        raw: their codes.
+        scales: the stored bytes of the elements that ``scale_range`` gives.
     """
     table = fp8_values(ref.dtype)
     for start_of_slice in range(0, len(raw), _TAKE_ELEMENTS):
         here = slice(start_of_slice, start_of_slice + _TAKE_ELEMENTS)
         np.take(table, raw[here], out=values[here], mode="clip")
-    if ref.decode is None:
-        return 0
-    return _scale(ref, ref.decode, start, values, read)
+    if ref.decode is not None:
+        _scale(ref, ref.decode, start, scales, values)
 
 
 def _scale(
     ref: TensorRef,
     decode: BlockScale,
     start: int,
+    scales: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],
-    read: Read,
-) -> int:
+) -> None:
     """Multiply each element by the scale of its block; whole rows of blocks at a time."""
     columns = ref.shape[1]
-    read_bytes, position = 0, 0
+    first = start // columns // decode.rows
+    position = 0
     while position < len(values):
-        row = (start + position) // columns
-        block_row = row // decode.rows
-        scales, nbytes = _scale_row(decode, block_row, columns, read)
-        read_bytes += nbytes
+        block_row = (start + position) // columns // decode.rows
+        factors = _scale_row(decode, block_row - first, columns, scales)
         end = min(len(values), (block_row + 1) * decode.rows * columns - start)
         offset = (start + position) % columns
         if offset:  # the rest of a row that began before
             stop = min(end, position + columns - offset)
-            values[position:stop] *= scales[offset : offset + stop - position]
+            values[position:stop] *= factors[offset : offset + stop - position]
             position = stop
         whole = (end - position) // columns * columns
-        values[position : position + whole].reshape(-1, columns)[:] *= scales
+        values[position : position + whole].reshape(-1, columns)[:] *= factors
         position += whole
-        values[position:end] *= scales[: end - position]
+        values[position:end] *= factors[: end - position]
         position = end
-    return read_bytes
 
 
 def _scale_row(
-    decode: BlockScale, block_row: int, columns: int, read: Read
-) -> tuple[npt.NDArray[np.float32], int]:
-    """The scale of each column in one row of blocks, and the bytes read for it."""
-    scale = decode.scale
-    blocks = scale.shape[1]
-    raw = np.empty(blocks * scale.dtype.itemsize, dtype=np.uint8)
-    nbytes = read(scale, block_row * blocks, (block_row + 1) * blocks, raw)
-    if scale.dtype is DType.BF16:
+    decode: BlockScale, row: int, columns: int, scales: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float32]:
+    """The scale of each column in one row of blocks."""
+    nbytes = decode.scale.shape[1] * decode.scale.dtype.itemsize
+    raw = scales[row * nbytes : (row + 1) * nbytes]
+    if decode.scale.dtype is DType.BF16:
         values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
         values = raw.view(np.float32)
-    return np.repeat(values, decode.columns)[:columns], nbytes
+    return np.repeat(values, decode.columns)[:columns]

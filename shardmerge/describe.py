@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from shardmerge.memory import FOOTPRINT_BYTES
 from shardmerge.methods.api import MethodInfo, info_of
-from shardmerge.plan import FOOTPRINT_BYTES, MeasureTask, MergeTask, Plan
+from shardmerge.plan import MeasureTask, MergeTask, Plan
 from shardmerge.progress import counted, size
 from shardmerge.sources.tensor import Checkpoint, TensorRef
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from shardmerge.numerics import DType
 from shardmerge.sources import open_checkpoint
-from shardmerge.sources.tensor import BlockScale, TensorRef, ranges
-from shardmerge.stores import open_store
+from shardmerge.sources.tensor import BlockScale, TensorRef, reads
+from shardmerge.stores import Stores
 
 TILE_ELEMENTS = 1 << 19
 """Elements compared at a time. With the float64 copies and what numpy needs, below 32 MiB."""
@@ -79,19 +79,22 @@ class TensorDiff:
         return self.status == "compared" and self.dtype_a == self.dtype_b and self.differing == 0
 
 
-def diff(a_url: str, b_url: str) -> Iterator[TensorDiff]:
+def diff(a_url: str, b_url: str, stores: Stores | None = None) -> Iterator[TensorDiff]:
     """Compare two checkpoints: the tensors of a in its order, then those that only b has.
 
     Raises:
         CheckpointError: for a checkpoint that cannot be opened.
         StoreError: for bytes that could not be read.
     """
-    a, b = open_checkpoint(a_url).tensors, open_checkpoint(b_url).tensors
-    return _compare(a, b)
+    stores = stores or Stores()
+    a, b = (open_checkpoint(url, None, stores).tensors for url in (a_url, b_url))
+    return _compare(a, b, stores)
 
 
-def _compare(a: Mapping[str, TensorRef], b: Mapping[str, TensorRef]) -> Iterator[TensorDiff]:
-    readers = _Reader(), _Reader()
+def _compare(
+    a: Mapping[str, TensorRef], b: Mapping[str, TensorRef], stores: Stores
+) -> Iterator[TensorDiff]:
+    readers = _Reader(stores), _Reader(stores)
     for name in [*a, *(name for name in b if name not in a)]:
         yield _tensor_diff(name, a.get(name), b.get(name), readers)
 
@@ -199,7 +202,8 @@ def _dot(x: Float64, y: Float64) -> float:
 class _Reader:
     """Reads tiles of tensors as float64, always into the same buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
         self._raw = np.empty(TILE_ELEMENTS * 8, np.uint8)
         self._values = np.empty(TILE_ELEMENTS, np.float64)
 
@@ -210,20 +214,12 @@ class _Reader:
     def values(self, tensor: TensorRef, start: int, stop: int) -> Float64:
         """Elements ``[start, stop)``, valid until the next call; the block scales are applied."""
         raw = self._raw[: (stop - start) * tensor.dtype.itemsize]
-        _read(tensor, start, stop, raw)
+        self._stores.read(reads(tensor, start, stop, raw.data))
         values = self._values[: stop - start]
         to_float64(raw, tensor.dtype, values)
         if tensor.decode is not None:
-            _apply_scales(values, start, tensor.shape[1], tensor.decode)
+            _apply_scales(values, start, tensor.shape[1], tensor.decode, self._stores)
         return values
-
-
-def _read(tensor: TensorRef, start: int, stop: int, raw: Bytes) -> None:
-    position = 0
-    for part in ranges(tensor, start, stop):
-        place = raw[position : position + part.nbytes]
-        open_store(part.url).read_into(part.url, part.offset, place.data)
-        position += part.nbytes
 
 
 _NUMPY: dict[DType, str] = {
@@ -283,7 +279,9 @@ def _e4m3_values() -> Float64:
 _E4M3 = _e4m3_values()
 
 
-def _apply_scales(values: Float64, start: int, columns: int, decode: BlockScale) -> None:
+def _apply_scales(
+    values: Float64, start: int, columns: int, decode: BlockScale, stores: Stores
+) -> None:
     """Multiply consecutive elements of a matrix, from flat index ``start`` on, by their scales.
 
     Args:
@@ -297,7 +295,7 @@ def _apply_scales(values: Float64, start: int, columns: int, decode: BlockScale)
     last = (start + len(values) - 1) // columns // decode.rows + 1
     across = scale.shape[1]
     raw = np.empty((last - first) * across * scale.dtype.itemsize, np.uint8)
-    _read(scale, first * across, last * across, raw)
+    stores.read(reads(scale, first * across, last * across, raw.data))
     factors = np.empty((last - first) * across)
     to_float64(raw, scale.dtype, factors)
     by_block = factors.reshape(last - first, across)

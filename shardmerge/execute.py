@@ -14,10 +14,10 @@ from typing import Protocol
 from shardmerge.errors import Stopped
 from shardmerge.executors.api import Executor
 from shardmerge.ledger import Ledger
-from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
-from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
-from shardmerge.shards import Receipt, ShardWriter
-from shardmerge.summaries import Partial, Summary, combine, settle
+from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
+from shardmerge.outputs.api import Receipt, ShardWriter
+from shardmerge.plan import MeasureTask, MergeTask, Plan, Task, scope_key
+from shardmerge.summaries import Summary, Summing, settle
 from shardmerge.work import Done
 
 COMMIT_BYTES = 512 * 2**20
@@ -52,25 +52,11 @@ class _Measuring:
 
     Args:
         left: tasks that are not done.
-        counts: of those that are, added up: they are megabytes.
-        blocks: of those that are.
+        summing: what the others gave.
     """
 
     left: int = 0
-    counts: Counts | None = None
-    blocks: list[Partial] = field(default_factory=list)
-
-    def add(self, partial: Partial) -> None:
-        """One more task is done."""
-        self.left -= 1
-        if isinstance(partial, tuple):
-            self.blocks.append(partial)
-        else:
-            self.counts = partial if self.counts is None else self.counts + partial
-
-    def summary(self) -> Summary:
-        """Of all tasks."""
-        return combine(self.blocks) if self.counts is None else self.counts
+    summing: Summing = field(default_factory=Summing)
 
 
 def execute(
@@ -137,13 +123,12 @@ class _Committer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Also after an error: what was written stays, whatever ended the run.
-        try:
+        # Also after an error: what was written stays, whatever ended the run. But nothing after a
+        # commit that failed: a later sync may succeed without the bytes that the first one lost.
+        with self._thread:
             self._start()
             if self._running is not None:
                 self._running.result()
-        finally:
-            self._thread.shutdown()
 
 
 class _Drive:
@@ -171,13 +156,13 @@ class _Drive:
         """Merges with parts that are not written, and the measures that they still wait for."""
         merges = [t for t in self._plan.tasks if isinstance(t, MergeTask) and self._unfinished(t)]
         missing = {key for task in merges for key in task.needs} - set(self._decided)
-        wanted = {_scope_key(key) for key in missing}
+        wanted = {scope_key(key) for key in missing}
         measures: list[Task] = []
         for task in reversed(self._plan.tasks):
             if isinstance(task, MeasureTask) and self._plan.scopes[task.scope].key in wanted:
                 # All measures of the scope: summaries are not kept, only decisions are.
                 measures.append(task)
-                wanted |= {_scope_key(key) for key in task.needs if key not in self._decided}
+                wanted |= {scope_key(key) for key in task.needs if key not in self._decided}
         return [*reversed(measures), *merges]
 
     def _unfinished(self, task: MergeTask) -> bool:
@@ -249,9 +234,10 @@ class _Drive:
         self._progress.task(done, task)
         if isinstance(task, MeasureTask) and done.partial is not None:
             measuring = self._measuring[task.scope][task.step]
-            measuring.add(done.partial)
+            measuring.left -= 1
+            measuring.summing.add(done.partial)
             if measuring.left == 0:
-                self._measured(task.scope, task.step, measuring.summary())
+                self._measured(task.scope, task.step, measuring.summing.summary())
 
     def _measured(self, scope: int, step: str, summary: Summary) -> None:
         """A pass is complete: settle what can be, and forget what is no longer needed."""
@@ -271,7 +257,7 @@ class _Drive:
         for candidate in info.passes[:-1]:
             if candidate.kind is not Kind.SETTLE or levels[candidate.name] is None:
                 continue
-            key = f"{plan_scope.key}/{candidate.name}"
+            key = plan_scope.decision(candidate.name)
             known = self._known(scope, info.passes, levels)
             if key not in self._decided and all(
                 n in summaries or n in known for n in candidate.needs
@@ -282,14 +268,14 @@ class _Drive:
         self, scope: int, passes: tuple[Pass, ...], levels: Mapping[str, Over | None]
     ) -> dict[str, Decision | None]:
         """Decisions of a scope that were taken, by the name of the pass."""
-        key = self._plan.scopes[scope].key
+        plan_scope = self._plan.scopes[scope]
         found: dict[str, Decision | None] = {}
         for step in passes[:-1]:
             if step.kind is Kind.SETTLE:
                 if levels[step.name] is None:
                     found[step.name] = None
-                elif f"{key}/{step.name}" in self._decided:
-                    found[step.name] = self._decided[f"{key}/{step.name}"]
+                elif plan_scope.decision(step.name) in self._decided:
+                    found[step.name] = self._decided[plan_scope.decision(step.name)]
         return found
 
     def _decide(self, key: str, decision: Decision) -> None:
@@ -299,7 +285,3 @@ class _Drive:
             self._missing[number] -= 1
             if self._missing[number] == 0:
                 heapq.heappush(self._ready, number)
-
-
-def _scope_key(key: str) -> str:
-    return key.rpartition("/")[0]

@@ -106,7 +106,11 @@ class Spec:
 
 
 def lay_out(
-    tensors: Sequence[Spec], shard_of: Sequence[int], shard_bytes: int | None
+    tensors: Sequence[Spec],
+    shard_of: Sequence[int],
+    shard_bytes: int | None,
+    *,
+    part_bytes: int | None = None,
 ) -> tuple[Shard, ...]:
     """The shards of the output.
 
@@ -114,6 +118,7 @@ def lay_out(
         tensors: in output order.
         shard_of: the shard of each tensor, used where ``shard_bytes`` is None.
         shard_bytes: the most bytes of tensors in a shard; one tensor may exceed it alone.
+        part_bytes: of a part, about, where its place wishes for another size than usual.
     """
     groups = _by_number(shard_of) if shard_bytes is None else _by_size(tensors, shard_bytes)
     names = [SINGLE_SHARD]
@@ -121,7 +126,7 @@ def lay_out(
         count = len(groups)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     return tuple(
-        _shard(number, name, group, tensors)
+        _shard(number, name, group, tensors, part_bytes or PART_BYTES)
         for number, (name, group) in enumerate(zip(names, groups, strict=True))
     )
 
@@ -145,13 +150,17 @@ def _by_size(tensors: Sequence[Spec], shard_bytes: int) -> list[list[int]]:
     return groups
 
 
-def _shard(number: int, name: str, group: Sequence[int], tensors: Sequence[Spec]) -> Shard:
+def _shard(
+    number: int, name: str, group: Sequence[int], tensors: Sequence[Spec], part_bytes: int
+) -> Shard:
     # Larger elements first: every element is then aligned, as the format's own writer does it.
     order = sorted(group, key=lambda tensor: -tensors[tensor].dtype.itemsize)
     header = write_header([(t.name, t.dtype, t.shape) for t in (tensors[i] for i in order)])
     data_bytes = sum(tensors[tensor].nbytes for tensor in order)
     units, start, parts = [], 0, 0
-    for pieces_of_parts in _units([(i, tensors[i]) for i in order], _part_bytes(data_bytes)):
+    for pieces_of_parts in _units(
+        [(i, tensors[i]) for i in order], _at_least(part_bytes, data_bytes)
+    ):
         unit = []
         for pieces in pieces_of_parts:
             stop = start + sum(
@@ -164,11 +173,11 @@ def _shard(number: int, name: str, group: Sequence[int], tensors: Sequence[Spec]
     return Shard(name, header, tuple(order), len(header) + data_bytes, tuple(units))
 
 
-def _part_bytes(data_bytes: int) -> int:
+def _at_least(part_bytes: int, data_bytes: int) -> int:
     """Bytes of the parts of a shard: more than usual where there would be too many."""
     # At worst three parts hold little more than one: a few small tensors, and the halves of one
     # that was just too large.
-    return max(PART_BYTES, math.ceil(data_bytes / (MOST_PARTS // 3 - 1)))
+    return max(part_bytes, math.ceil(data_bytes / (MOST_PARTS // 3 - 1)))
 
 
 def _units(tensors: Sequence[tuple[int, Spec]], part_bytes: int) -> Iterator[list[list[Piece]]]:

@@ -1,29 +1,19 @@
 """Which parts are written and what was decided: durable, append-only, bound to one plan.
 
-The file holds one JSON value per line: first what the output depends on, then receipts, decisions
-and how far publishing came. A line is written once and never changed; a last line that was torn by
-a crash is cut off, and its part is done again.
+A journal holds one JSON value per line: first what the output depends on, then handles of
+unfinished shards, receipts, decisions and how far publishing came. A line is never changed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import fcntl
 import hashlib
 import json
-import os
-import socket
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
 
-from shardmerge.errors import LedgerMismatchError, LockedError
+from shardmerge.errors import LedgerMismatchError
 from shardmerge.methods.api import Decision
-from shardmerge.shards import Receipt, write_failed
-
-LEDGER = "ledger.jsonl"
-LOCK = "lock"
+from shardmerge.outputs.api import Journal, PartKey, Receipt
 
 
 def fingerprint(identity: Mapping[str, str]) -> str:
@@ -32,73 +22,27 @@ def fingerprint(identity: Mapping[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class Lock:
-    """The right to write to one OUT; the system gives it back when the process ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
-        self._file = -1
-
-    def __enter__(self) -> Lock:
-        while True:
-            try:
-                self._path.parent.mkdir(exist_ok=True)
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.read(self._file, 200).decode(errors="replace") or "another process"
-                os.close(self._file)
-                raise LockedError(
-                    f"{self._path.parent.parent} is being written by {owner}.\n"
-                    "  Wait for it, or stop it and run this command again to go on from there."
-                ) from None
-            except OSError as problem:
-                raise write_failed(self._path, problem) from problem
-            if self._still_there():
-                break
-            os.close(self._file)  # the run that held it has published and removed the folder
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        return self
-
-    def _still_there(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._file), self._path.stat())
-        except FileNotFoundError:
-            return False
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._file)
-
-
 class Ledger:
     """The ledger of one run. Every ``record`` is durable when it returns.
 
     Attributes:
-        receipts: of the parts that are written, by (shard, part).
+        receipts: of the parts that are written.
         decisions: by key.
+        handles: of unfinished shards, by number.
         events: how far publishing came, and the files that each event is about.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
-        self._path = path
-        self.receipts: dict[tuple[int, int], Receipt] = {}
+    def __init__(self, journal: Journal, identity: Mapping[str, str]) -> None:
+        self._journal = journal
+        self.receipts: dict[PartKey, Receipt] = {}
         self.decisions: dict[str, Decision] = {}
+        self.handles: dict[int, str] = {}
         self.events: dict[str, tuple[str, ...]] = {}
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            try:
-                self._load(identity)
-            except BaseException:
-                self.close()
-                raise
-        except OSError as problem:
-            raise write_failed(path, problem) from problem
+            self._load(identity)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def is_new(self) -> bool:
@@ -106,22 +50,18 @@ class Ledger:
         return not (self.receipts or self.decisions or self.events)
 
     def _load(self, identity: Mapping[str, str]) -> None:
-        text = self._path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            os.ftruncate(self._file, whole)
-        lines = text[:whole].splitlines()
-        if not lines:
-            self._append([{"identity": dict(identity)}])
-            return
         try:
+            lines = self._journal.lines()
+            if not lines:
+                self._append([{"identity": dict(identity)}])
+                return
             records = [json.loads(line) for line in lines]
             before = {str(key): str(value) for key, value in records[0]["identity"].items()}
             for record in records[1:]:
                 self._take(record)
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise LedgerMismatchError(
-                f"{self._path} is damaged ({type(problem).__name__}: {problem}). "
+                f"{self._journal.name} is damaged ({type(problem).__name__}: {problem}). "
                 "Start over with --fresh."
             ) from None
         if before != dict(identity):
@@ -132,13 +72,17 @@ class Ledger:
             case {"part": [int(shard), int(number)], "bytes": int(n), "crc32": int(crc), **rest}:
                 found = rest.get("non_finite", [])
                 pairs = tuple((int(t), int(k)) for t, k in found)  # type: ignore[attr-defined]
-                self.receipts[shard, number] = Receipt(shard, number, n, crc, pairs)
+                tag = str(rest.get("tag", ""))
+                self.receipts[shard, number] = Receipt(shard, number, n, crc, tag, pairs)
             case {"decision": str(key), "values": list(values)}:
                 self.decisions[key] = tuple(float(value) for value in values)
+            case {"shard": int(shard), "handle": str(handle)}:
+                self.handles[shard] = handle
             case {"event": str(event), **rest}:
                 self.events[event] = tuple(map(str, rest.get("names", ())))  # type: ignore[call-overload]
-            case {"gone": list(shards)}:
-                self._drop({int(shard) for shard in shards})
+            case {"lost": list(parts)}:
+                for shard, number in parts:
+                    self.receipts.pop((int(shard), int(number)), None)
             case _:
                 raise ValueError(f"a line that this version does not know: {record}")
 
@@ -151,7 +95,7 @@ class Ledger:
                 lines += [f"    {line}" for line in _changes(old, new)]
         return "\n".join(
             [
-                f"{self._path.parent} holds an unfinished run of another recipe or of changed "
+                f"{self._journal.name} is of an unfinished run of another recipe or of changed "
                 "sources:",
                 *lines,
                 "  Undo the change to go on from there, or start over with --fresh.",
@@ -169,6 +113,8 @@ class Ledger:
                 "bytes": receipt.nbytes,
                 "crc32": receipt.crc32,
             }
+            if receipt.tag:
+                record["tag"] = receipt.tag
             if receipt.non_finite:
                 record["non_finite"] = [list(pair) for pair in receipt.non_finite]
             records.append(record)
@@ -176,7 +122,7 @@ class Ledger:
             records.append({"decision": key, "values": list(values)})
         if records:
             self._append(records)
-        self.receipts.update({(item.shard, item.number): item for item in receipts})
+        self.receipts.update({item.key: item for item in receipts})
         self.decisions.update(decisions or {})
 
     def mark(self, event: str, names: Sequence[str] = ()) -> None:
@@ -185,33 +131,28 @@ class Ledger:
             self._append([{"event": event, "names": list(names)}])
             self.events[event] = tuple(names)
 
-    def forget_shards(self, shards: set[int]) -> None:
-        """Drop the receipts of shards whose bytes are gone; their parts are done again."""
-        gone = shards & {shard for shard, _ in self.receipts}
+    def begin(self, handles: Iterable[tuple[int, str]]) -> None:
+        """Write how unfinished shards can be gone on with, before anything is written to them."""
+        new = {number: handle for number, handle in handles if handle}
+        if new:
+            self._append([{"shard": number, "handle": handle} for number, handle in new.items()])
+            self.handles.update(new)
+
+    def forget(self, parts: Iterable[PartKey]) -> None:
+        """Drop receipts of parts whose bytes are gone; they are done again."""
+        gone = sorted(set(parts) & self.receipts.keys())
         if gone:
-            # On record: their files are made again, and would look like those that were written.
-            self._append([{"gone": sorted(gone)}])
-            self._drop(gone)
-
-    def _drop(self, shards: set[int]) -> None:
-        self.receipts = {key: value for key, value in self.receipts.items() if key[0] not in shards}
-
-    def _append(self, records: Sequence[Mapping[str, object]]) -> None:
-        text = "".join(json.dumps(record) + "\n" for record in records).encode()
-        before = os.fstat(self._file).st_size
-        try:
-            while text:
-                text = text[os.write(self._file, text) :]
-            os.fsync(self._file)
-        except OSError as problem:
-            # Half a line must not stand before the next one; reading cuts off only the last.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, before)
-            raise write_failed(self._path, problem) from problem
+            # On record: a shard that is made again would look like the one that was written.
+            self._append([{"lost": [list(part) for part in gone]}])
+            for part in gone:
+                del self.receipts[part]
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+        """Give back what the journal has open."""
+        self._journal.close()
+
+    def _append(self, records: Sequence[Mapping[str, object]]) -> None:
+        self._journal.append([json.dumps(record) for record in records])
 
 
 def _changes(old: str | None, new: str | None) -> list[str]:

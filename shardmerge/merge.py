@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import llvmlite
@@ -18,31 +19,38 @@ from shardmerge.execute import Progress, execute
 from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.match import Outputs, match
-from shardmerge.plan import Plan, inputs_of, make_plan
+from shardmerge.match import match
+from shardmerge.memory import inputs_of
+from shardmerge.outputs import Output, open_output
+from shardmerge.outputs.api import ShardWriter
+from shardmerge.plan import Plan, make_plan
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
-from shardmerge.shards import ShardWriter
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
-from shardmerge.staging import (
-    is_published,
-    output_folder,
-    refuse_occupied,
-    refuse_sources,
-    staging,
-    sweep,
-)
-from shardmerge.stores import open_store
+from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
+from shardmerge.stores import Settings, Stores
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
+_AT_A_TIME = 16
+"""Small questions that are asked of stores together: each may take a round trip."""
 
 Sources = Mapping[ModelName, Checkpoint]
 
-EXECUTORS: Mapping[str, Callable[[Plan, ShardWriter], Executor]] = {"local": LocalExecutor}
+EXECUTORS: Mapping[str, Callable[[Plan, ShardWriter, Stores], Executor]] = {"local": LocalExecutor}
 """Places to run, by their name on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is known before anything runs."""
+
+    plan: Plan
+    sources: Sources
+    output: Output
+    stores: Stores
 
 
 def merge(
@@ -56,57 +64,75 @@ def merge(
     fresh: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    settings: Settings | None = None,
 ) -> Published:
     """Merge the checkpoints that ``recipe`` names into a new one; go on from where a run stopped.
 
     Args:
         recipe: a recipe, or the path of one.
-        out: folder of the new checkpoint.
+        out: folder of the new checkpoint, or ``s3://bucket/folder``.
         memory_bytes: the most anonymous memory the process may use.
         threads: kernels that may run at a time; None: one per CPU that the process may use.
         overwrite: replace another checkpoint at ``out``, once the new one is complete.
         fresh: forget an unfinished run at ``out``.
         stop: set it to stop the run; the same call goes on from there.
+        settings: of the places that bytes come from and go to.
     Raises:
         ShardmergeError: for everything that a user can mend.
     """
-    plan, sources = prepare(recipe, out, memory_bytes=memory_bytes, threads=threads)
-    place = output_folder(out)
-    refuse_sources(place, sources)
-    files = _written_files(plan, sources)
-    if not fresh and is_published(place, plan, files):
-        sweep(place)
-        return _published(plan, already=True)
-    with staging(place, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
-        with EXECUTORS[executor](plan, writer) as workers:
+    stop = stop or threading.Event()
+    ready = prepare(
+        recipe, out, memory_bytes=memory_bytes, threads=threads, settings=settings, stop=stop
+    )
+    plan, sources, output, stores = ready.plan, ready.sources, ready.output, ready.stores
+    refuse_sources(output, sources)
+    files = _names_of_files(plan, sources)
+    if not fresh and is_published(output, plan, files):
+        sweep(output)
+        return _published(ready, already=True)
+    with ExitStack() as stack:
+        stack.enter_context(output.locked())
+        if not fresh and is_published(output, plan, files):  # by a run that was waited for
+            output.tidy()
+            return _published(ready, already=True)
+        ledger, writer = stack.enter_context(
+            staging(output, plan, files, overwrite=overwrite, fresh=fresh)
+        )
+        with EXECUTORS[executor](plan, writer, stores) as workers:
             execute(
                 plan,
                 workers,
                 ledger,
                 writer,
                 progress=progress or Quiet(),
-                stop=stop or threading.Event(),
+                stop=stop,
             )
-        _refuse_changed(sources)
+        _refuse_changed(sources, stores)
         _refuse_non_finite(plan, ledger)
-        checksums = shard_checksums(plan.shards, ledger.receipts)
+        refuse_occupied(output, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
         names = [tensor.name for tensor in plan.tensors]
-        refuse_occupied(place, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
-        contents = _contents(plan, sources, checksums, non_finite=len(_non_finite(ledger)))
-        publish(place, plan.shards, names, ledger, contents)
-    return _published(plan, already=False)
+        publish(output, plan.shards, names, ledger, _files(ready, ledger))
+    return _published(ready, already=False)
 
 
 def prepare(
-    recipe: Recipe | str, out: str, *, memory_bytes: int, threads: int | None
-) -> tuple[Plan, Sources]:
+    recipe: Recipe | str,
+    out: str,
+    *,
+    memory_bytes: int,
+    threads: int | None,
+    settings: Settings | None = None,
+    stop: threading.Event | None = None,
+) -> Prepared:
     """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
-    output_folder(out)  # refuses what is none
+    stores = Stores(settings, stopping=stop)
+    # Stores of its own: when workers that read are ended, the ledger is still written.
+    output = open_output(out, Stores(settings, stopping=stop))
     recipe = Recipe.load(recipe)
-    sources = open_sources(recipe)
+    sources = open_sources(recipe, stores)
     outputs = match(recipe, sources)
     outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
-    _config(outputs, sources[outputs.donor])  # refuses layers that a config cannot describe
+    assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
     plan = make_plan(
         recipe,
         outputs,
@@ -114,13 +140,18 @@ def prepare(
         memory_bytes=memory_bytes,
         cpus=threads or available_cpus(),
         identity=_identity(recipe, sources),
+        part_bytes=output.part_bytes,
+        buffers_parts=output.buffers_parts,
     )
-    return plan, sources
+    return Prepared(plan, sources, output, stores)
 
 
-def open_sources(recipe: Recipe) -> Sources:
+def open_sources(recipe: Recipe, stores: Stores) -> Sources:
     """Every checkpoint that the recipe names, by name."""
-    return {name: open_checkpoint(name.url, name.revision) for name in _named(recipe)}
+    names = _named(recipe)
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        opened = pool.map(lambda name: open_checkpoint(name.url, name.revision, stores), names)
+        return dict(zip(names, opened, strict=True))
 
 
 def _named(recipe: Recipe) -> list[ModelName]:
@@ -157,27 +188,33 @@ def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
     assert isinstance(settings, dict)
     settings = {key: value for key, value in settings.items() if key != "allow_non_finite"}
     identity = {
-        "recipe": yaml.safe_dump(settings, sort_keys=True),
+        # Credentials are no part of it: others may be used to go on.
+        "recipe": assets.public_text(yaml.safe_dump(settings, sort_keys=True)),
         "shardmerge": __version__,
         "compiler": f"llvmlite {llvmlite.__version__}",
         "device": "cpu",
     }
     for name, checkpoint in sources.items():
         lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
-        identity[f"source {name}"] = "\n".join(lines)
+        identity[f"source {assets.public_text(str(name))}"] = "\n".join(lines)
     return identity
 
 
 # --- checks before publishing -------------------------------------------------------------------
 
 
-def _refuse_changed(sources: Sources) -> None:
-    for name, checkpoint in sources.items():
-        for file, before in checkpoint.versions.items():
-            store = open_store(checkpoint.url)
-            url = store.join(checkpoint.url, file) if store.is_folder(checkpoint.url) else None
-            found = store.stat(url or checkpoint.url)
-            if found is None or found.version != before:
+def _refuse_changed(sources: Sources, stores: Stores) -> None:
+    def same(checkpoint: Checkpoint, folder: bool, file: str) -> bool:
+        store = stores.open(checkpoint.url)
+        found = store.stat(store.join(checkpoint.url, file) if folder else checkpoint.url)
+        return found is not None and found.version == checkpoint.versions[file]
+
+    files = [(name, file) for name, checkpoint in sources.items() for file in checkpoint.versions]
+    folders = {name: stores.open(c.url).is_folder(c.url) for name, c in sources.items()}
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        found = pool.map(lambda item: same(sources[item[0]], folders[item[0]], item[1]), files)
+        for (name, file), unchanged in zip(files, found, strict=True):
+            if not unchanged:
                 raise SourceChangedError(
                     f"{name}: {file} changed while it was being merged. Nothing was published.\n"
                     "  Put it back, or run the command again with --fresh to merge it as it is."
@@ -210,7 +247,7 @@ def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
     )
 
 
-# --- small files --------------------------------------------------------------------------------
+# --- what is published beside the shards --------------------------------------------------------
 
 
 def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
@@ -220,60 +257,39 @@ def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
     return donor, donor if tokenizer is None else sources[tokenizer]
 
 
-def _written_files(plan: Plan, sources: Sources) -> list[str]:
+def _names_of_files(plan: Plan, sources: Sources) -> list[str]:
     """Names of every file of the checkpoint that is not a shard or the index."""
     donor, tokenizer = _donors(plan, sources)
-    copied = [name for _, name in assets.files_to_copy(donor, tokenizer)]
-    return [*copied, *(["config.json"] if donor.config else []), "README.md", RECIPE, PROVENANCE]
+    return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE]
 
 
-def _contents(
-    plan: Plan,
-    sources: Sources,
-    checksums: Mapping[str, Mapping[str, object]],
-    *,
-    non_finite: int,
-) -> dict[str, bytes]:
+def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
     """Their content."""
-    donor, tokenizer = _donors(plan, sources)
-    files: dict[str, bytes] = {}
-    for checkpoint, name in assets.files_to_copy(donor, tokenizer):
-        store = open_store(checkpoint.url)
-        files[name] = store.read(store.join(checkpoint.url, name))
-    if donor.config:
-        files["config.json"] = _json(_config(plan.outputs, donor))
-    files["README.md"] = assets.model_card(plan.recipe, plan.outputs, version=__version__).encode()
+    plan, stores = ready.plan, ready.stores
+
+    def read(checkpoint: Checkpoint, name: str) -> bytes:
+        store = stores.open(checkpoint.url)
+        return store.read(store.join(checkpoint.url, name))
+
+    donor, tokenizer = _donors(plan, ready.sources)
+    files = assets.files_of(plan.recipe, plan.outputs, donor, tokenizer, read, version=__version__)
     files[RECIPE] = assets.public_text(plan.recipe.text).encode()
-    files[PROVENANCE] = _json(
-        assets.provenance(
-            version=__version__,
-            fingerprint=fingerprint(plan.identity),
-            recipe=plan.recipe,
-            sources=sources,
-            shards=checksums,
-            non_finite=non_finite,
-            notes=(*plan.recipe.notes, *plan.outputs.notes),
-        )
+    files[PROVENANCE] = assets.provenance(
+        version=__version__,
+        fingerprint=fingerprint(plan.identity),
+        recipe=plan.recipe,
+        sources=ready.sources,
+        shards=shard_checksums(plan.shards, ledger.receipts),
+        files=files,
+        non_finite=len(_non_finite(ledger)),
+        notes=(*plan.recipe.notes, *plan.outputs.notes),
     )
     return files
 
 
-def _config(outputs: Outputs, donor: Checkpoint) -> dict[str, object]:
-    return assets.patched_config(
-        donor.config,
-        dtype=assets.written_dtype(outputs.tensors),
-        layer_count=outputs.layer_count,
-        layers=outputs.layers,
-        untied=outputs.untied,
-        vocab_size=outputs.vocab_size,
-    )
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _published(plan: Plan, *, already: bool) -> Published:
+def _published(ready: Prepared, *, already: bool) -> Published:
+    plan = ready.plan
+    requests, read_bytes = ready.stores.requests
     return Published(
         out=plan.out,
         shards=tuple(shard.name for shard in plan.shards),
@@ -281,4 +297,6 @@ def _published(plan: Plan, *, already: bool) -> Published:
         tensors=len(plan.tensors),
         already=already,
         notes=(*plan.recipe.notes, *plan.outputs.notes),
+        requests=requests,
+        requested_bytes=read_bytes,
     )

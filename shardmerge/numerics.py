@@ -145,24 +145,57 @@ def philox_stream(key: int, first: int, count: int) -> npt.NDArray[np.uint32]:
 # --- exact sums ---------------------------------------------------------------------------------
 
 
-def combine_blocks(blocks: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """Sums of the columns of ``blocks`` [blocks, sums], rounded once; the order does not matter."""
-    return tuple(map(_exact_sum, blocks.T))
+class ExactSums:
+    """Sums of float64 values, rounded once when they are asked for.
+
+    Terms come in any order and number; memory stays the same. For each exponent, the whole-number
+    mantissas are added up, in two halves that cannot overflow.
+    Reference: Kulisch. Computer arithmetic and validity. 2013, chapter 8 (the complete register).
+
+    Args:
+        width: number of sums.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._halves = np.zeros((2, width, _EXPONENTS), dtype=np.int64)
+        self._special: list[set[str]] = [set() for _ in range(width)]
+
+    def add(self, terms: npt.NDArray[np.float64]) -> None:
+        """Add one term to each sum for every row of ``terms`` [rows, width]."""
+        for column, values in enumerate(terms.T):
+            finite = np.isfinite(values)
+            if not finite.all():
+                self._special[column].update(map(str, values[~finite]))
+                values = values[finite]
+            mantissas, exponents = np.frexp(values)
+            whole = (mantissas * 2.0**_MANTISSA_BITS).astype(np.int64)
+            places = exponents + _BIAS
+            np.add.at(self._halves[0, column], places, whole >> _HALF_BITS)
+            np.add.at(self._halves[1, column], places, whole & (2**_HALF_BITS - 1))
+
+    def rounded(self) -> tuple[float, ...]:
+        """The sums; infinite where too large, NaN or infinite as the terms are."""
+        return tuple(map(self._rounded, range(len(self._special))))
+
+    def _rounded(self, column: int) -> float:
+        if self._special[column]:
+            kinds = self._special[column]
+            return float(*kinds) if len(kinds) == 1 else math.nan
+        high, low = self._halves[:, column]
+        total = sum(
+            ((int(high[place]) << _HALF_BITS) + int(low[place])) << int(place)
+            for place in np.flatnonzero(high | low)
+        )
+        try:
+            return float(Fraction(total, 2 ** (_BIAS + _MANTISSA_BITS)))
+        except OverflowError:
+            return math.inf if total > 0 else -math.inf
 
 
-def _exact_sum(values: npt.NDArray[np.float64]) -> float:
-    """The sum, rounded once; infinite where it is too large, NaN or infinite as its terms are."""
-    special = values[~np.isfinite(values)]
-    if special.size:
-        return float(special[0]) if (special == special[0]).all() else math.nan
-    try:
-        return math.fsum(values)
-    except OverflowError:  # of a partial sum, which another order might not have
-        exact = sum(map(Fraction, values))
-    try:
-        return float(exact)
-    except OverflowError:
-        return math.inf if exact > 0 else -math.inf
+_MANTISSA_BITS, _HALF_BITS = 53, 26
+_BIAS = 1074
+_EXPONENTS = _BIAS + 1024 + 1
+"""Places for the exponents that ``frexp`` gives: from -1073 to 1024."""
 
 
 # --- checksums ----------------------------------------------------------------------------------

@@ -7,27 +7,32 @@ computes some of them, or measures something that others wait for. No two tasks 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardmerge.errors import MemoryBudgetError, RecipeError
-from shardmerge.kernels.trace import Inputs
+from shardmerge.decode import scale_range
+from shardmerge.errors import RecipeError
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
 from shardmerge.match import Outputs, OutputTensor
-from shardmerge.methods.api import HISTOGRAM_BINS, Kind, Method, Over, Pass, info_of, levels_of
-from shardmerge.numerics import CANONICAL_BLOCK, DType
+from shardmerge.memory import (
+    FOOTPRINT_BYTES,
+    LOCAL_WORKERS,
+    REMOTE_WORKERS,
+    inputs_of,
+    is_far,
+    refs_read,
+    resident_bytes,
+    share_memory,
+    tensor_numel,
+    tile_bytes,
+    tile_elements,
+)
+from shardmerge.methods.api import Kind, Method, Over, Pass, info_of, levels_of
+from shardmerge.numerics import CANONICAL_BLOCK
 from shardmerge.recipe import Recipe
-from shardmerge.sources.tensor import TensorRef
 
-FOOTPRINT_BYTES = 224 * 2**20
-"""What a process holds before the first tile: the interpreter, numpy, the compiler, the plan."""
-TILE_ELEMENTS = 4 * CANONICAL_BLOCK
-"""Elements of a tile where memory allows: its inputs stay in the caches while they are used."""
 MEASURE_ELEMENTS = 1024 * CANONICAL_BLOCK
 """Elements of one measuring task, about: larger tensors are measured by several workers."""
-COMFORTABLE_BYTES = 64 * 2**20
-"""Memory of a worker below which fewer workers are better than smaller tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,15 @@ class Scope:
     key: str
     method: Method
     tensors: tuple[int, ...]
+
+    def decision(self, step: str) -> str:
+        """The ledger's key of what a settling pass decides here."""
+        return f"{self.key}/{step}"
+
+
+def scope_key(decision: str) -> str:
+    """The key of the scope that a decision was taken in."""
+    return decision.rpartition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +107,11 @@ class Plan:
 
     Args:
         out: where the checkpoint is published.
+        kernels: that may run at a time.
+        readers: workers that may read at a time: where reading and writing share a network, half of
+            them, or all would read together, then write together.
         worker_bytes: memory that each worker may use for tiles.
+        buffer_bytes: memory of each worker for the part that it writes.
         identity: what the output's bytes depend on, as texts; the ledger is bound to it.
     """
 
@@ -105,7 +123,9 @@ class Plan:
     tasks: tuple[Task, ...]
     workers: int
     kernels: int
+    readers: int
     worker_bytes: int
+    buffer_bytes: int
     memory_bytes: int
     identity: Mapping[str, str]
     model_scope: Mapping[int, int] = field(repr=False)
@@ -137,7 +157,7 @@ class Plan:
 
     def key(self, tensor: int, step: str, over: Over) -> str:
         """The ledger's key of a decision."""
-        return f"{self.scopes[self.scope_of(tensor, over)].key}/{step}"
+        return self.scopes[self.scope_of(tensor, over)].decision(step)
 
 
 def make_plan(
@@ -148,22 +168,30 @@ def make_plan(
     memory_bytes: int,
     cpus: int,
     identity: Mapping[str, str],
+    part_bytes: int | None = None,
+    buffers_parts: bool = False,
 ) -> Plan:
     """The plan of a merge.
 
     Args:
         memory_bytes: the most memory the process may use.
         cpus: kernels that may run at a time.
+        part_bytes: of the output's parts, about; None: as usual.
+        buffers_parts: whether a part is in memory until it is whole.
     Raises:
         MemoryBudgetError: for a budget in which some task cannot be done.
         RecipeError: for parameters that must be the same over the model and are not.
     """
     tensors = outputs.tensors
     specs = [Spec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    shards = lay_out(specs, outputs.shard_of, recipe.shard_size)
+    shards = lay_out(specs, outputs.shard_of, recipe.shard_size, part_bytes=part_bytes)
     scopes, model_scope = _scopes(tensors, layered=recipe.layered)
-    workers, worker_bytes = _share_memory(tensors, memory_bytes, cpus)
-    planner = _Planner(tensors, model_scope, scopes, worker_bytes)
+    parts = [part.nbytes for shard in shards for part in shard.parts]
+    buffer_bytes = max(parts, default=0) if buffers_parts else 0
+    networked = buffers_parts or any(map(is_far, tensors))
+    wanted = cpus * (REMOTE_WORKERS if networked else LOCAL_WORKERS)
+    workers, worker_bytes = share_memory(tensors, memory_bytes, wanted, buffer_bytes)
+    planner = _Planner(tensors, model_scope, scopes, worker_bytes, buffer_bytes)
     tasks = tuple(planner.tasks(shards))
     return Plan(
         recipe=recipe,
@@ -174,7 +202,9 @@ def make_plan(
         tasks=tasks,
         workers=workers,
         kernels=cpus,
+        readers=-(-workers // 2) if networked else workers,
         worker_bytes=worker_bytes,
+        buffer_bytes=buffer_bytes,
         memory_bytes=memory_bytes,
         identity=identity,
         model_scope=model_scope,
@@ -240,95 +270,6 @@ def _check_same(name: str, members: Sequence[int], tensors: Sequence[OutputTenso
                 )
 
 
-# --- memory -------------------------------------------------------------------------------------
-
-
-def inputs_of(tensor: OutputTensor) -> tuple[TensorRef, ...]:
-    """The tensors that an output tensor is computed from, in the order of a kernel's inputs."""
-    base = () if tensor.base is None else (tensor.base,)
-    return (*base, *tensor.models, *(ref for _, extra in tensor.extras for ref in extra))
-
-
-def value_dtype(ref: TensorRef) -> DType:
-    """The dtype in which a kernel reads a tensor: fp8 is decoded to float32 before."""
-    return DType.F32 if ref.dtype.is_fp8 else ref.dtype
-
-
-def kernel_inputs(tensor: OutputTensor) -> Inputs:
-    """The dtypes of a tensor's inputs."""
-    return Inputs(
-        base=None if tensor.base is None else value_dtype(tensor.base),
-        models=tuple(value_dtype(ref) for ref in tensor.models),
-        extras=tuple(
-            (kind, tuple(value_dtype(ref) for ref in refs)) for kind, refs in tensor.extras
-        ),
-        wide=tensor.wide,
-    )
-
-
-def element_bytes(refs: Sequence[TensorRef]) -> int:
-    """Memory for one element of each tensor as a kernel reads it."""
-    return sum(value_dtype(ref).itemsize for ref in refs)
-
-
-def tile_elements(tensor: OutputTensor, budget_bytes: int) -> int:
-    """Elements of a tile: whole canonical blocks, as many as the budget and the caches allow."""
-    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
-    blocks = (budget_bytes - _summary_bytes(tensor)) // (per_element * CANONICAL_BLOCK)
-    return max(1, min(blocks, TILE_ELEMENTS // CANONICAL_BLOCK)) * CANONICAL_BLOCK
-
-
-def _decode_bytes(tensor: OutputTensor) -> int:
-    """Per element, room for the stored bytes of the one input that is being decoded."""
-    return int(any(ref.dtype.is_fp8 for ref in inputs_of(tensor)))
-
-
-def _summary_bytes(tensor: OutputTensor) -> int:
-    """Room for the counts of one measuring pass (u32 while counting, int64 when handed over)."""
-    return 0 if tensor.method is None else len(tensor.models) * HISTOGRAM_BINS * (4 + 8)
-
-
-def tile_bytes(tensor: OutputTensor, elements: int) -> int:
-    """Memory for a tile of so many elements, its result and a summary."""
-    elements = min(elements, math.ceil(tensor_numel(tensor) / CANONICAL_BLOCK) * CANONICAL_BLOCK)
-    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
-    return elements * per_element + _summary_bytes(tensor)
-
-
-def tensor_numel(tensor: OutputTensor) -> int:
-    """Number of elements."""
-    return math.prod(tensor.shape)
-
-
-def _resident_bytes(tensor: OutputTensor) -> int:
-    """Memory to keep all inputs of a tensor, and a tile of its result."""
-    numel = tensor_numel(tensor)
-    tile = min(numel, TILE_ELEMENTS) * (tensor.dtype.itemsize + _decode_bytes(tensor))
-    return numel * element_bytes(inputs_of(tensor)) + tile + _summary_bytes(tensor) + 64 * 64
-
-
-def _share_memory(tensors: Sequence[OutputTensor], memory_bytes: int, cpus: int) -> tuple[int, int]:
-    """Number of workers and the memory of each: two per CPU, so that some do I/O meanwhile."""
-    least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
-    for workers in range(2 * cpus, 0, -1):
-        share = (memory_bytes - FOOTPRINT_BYTES) // workers
-        if share >= max(least, COMFORTABLE_BYTES) or (workers == 1 and share >= least):
-            return workers, share
-    worst = max(tensors, key=lambda tensor: tile_bytes(tensor, CANONICAL_BLOCK))
-    needed = FOOTPRINT_BYTES + least
-    raise MemoryBudgetError(
-        f"{worst.name} needs {_mib(least)} for its smallest tile; "
-        f"the budget is {_mib(memory_bytes)}, of which the program itself takes "
-        f"{_mib(FOOTPRINT_BYTES)}.\n"
-        f"  A tile holds {CANONICAL_BLOCK:,} elements of {len(inputs_of(worst))} tensors and the "
-        f"result.\n  Give --memory {math.ceil(needed / 2**20)}MiB or more."
-    )
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
 # --- tasks --------------------------------------------------------------------------------------
 
 
@@ -341,7 +282,9 @@ class _Planner:
         model_scope: Mapping[int, int],
         scopes: Sequence[Scope],
         worker_bytes: int,
+        buffer_bytes: int,
     ) -> None:
+        self._buffer_bytes = buffer_bytes
         self._tensors = tensors
         self._model_scope = model_scope
         self._scopes = scopes
@@ -358,7 +301,7 @@ class _Planner:
 
     def _unit(self, unit: Unit) -> Iterator[Task]:
         measured = [t for t in unit.tensors if self._has(t, Over.TENSOR)]
-        needed = max((_resident_bytes(self._tensors[t]) for t in measured), default=0)
+        needed = max((resident_bytes(self._tensors[t]) for t in measured), default=0)
         if measured and needed <= self._worker_bytes:
             yield self._merge(unit.parts, resident=True)
             return
@@ -419,7 +362,7 @@ class _Planner:
             resident=resident,
             needs=tuple(sorted(needs)),
             read_bytes=sum(self._read_bytes(piece, None) for piece in pieces),
-            memory_bytes=max((self._merge_bytes(t, resident) for t in tensors), default=0),
+            memory_bytes=self._buffer_bytes + self._together_bytes(tensors, resident),
             write_bytes=sum(part.nbytes for part in parts),
         )
 
@@ -430,22 +373,32 @@ class _Planner:
             for need, over in _decisions(self._tensors[tensor].method, step):
                 if only in (None, over):
                     scope = tensor if over is Over.TENSOR else self._model_scope[tensor]
-                    found.add(f"{self._scopes[scope].key}/{need}")
+                    found.add(self._scopes[scope].decision(need))
         return tuple(sorted(found))
 
     def _read_bytes(self, piece: Piece, step: Pass | None) -> int:
         tensor = self._tensors[piece.tensor]
         refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
-        return (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
+        nbytes = (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
+        for ref in refs:
+            if ref.decode is not None:
+                first, last = scale_range(ref, piece.start, piece.stop)
+                nbytes += (last - first) * ref.decode.scale.dtype.itemsize
+        return nbytes
 
     def _tile_bytes(self, tensor: int) -> int:
         output = self._tensors[tensor]
         return tile_bytes(output, tile_elements(output, self._worker_bytes))
 
+    def _together_bytes(self, tensors: set[int], resident: bool) -> int:
+        """Memory for tensors that are read together as far as they fit."""
+        each = [self._merge_bytes(tensor, resident) for tensor in tensors]
+        return max(max(each, default=0), min(sum(each), self._worker_bytes))
+
     def _merge_bytes(self, tensor: int, resident: bool) -> int:
         output = self._tensors[tensor]
         if resident and self._has(tensor, Over.TENSOR):
-            return _resident_bytes(output)
+            return resident_bytes(output)
         return self._tile_bytes(tensor)
 
     def _next(self) -> int:
@@ -471,13 +424,3 @@ def _decisions(method: Method, step: Pass) -> tuple[tuple[str, Over], ...]:
     settles = {other.name for other in info_of(method).passes if other.kind is Kind.SETTLE}
     asked = [(need, levels[need]) for need in step.needs if need in settles]
     return tuple((need, over) for need, over in asked if over is not None)
-
-
-def refs_read(tensor: OutputTensor, step: Pass) -> tuple[TensorRef, ...]:
-    """The inputs that a measuring pass reads."""
-    groups = {
-        "base": () if tensor.base is None else (tensor.base,),
-        "models": tensor.models,
-        **dict(tensor.extras),
-    }
-    return tuple(ref for name in step.reads for ref in groups[name])

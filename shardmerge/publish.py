@@ -6,22 +6,17 @@ be repeated after a crash: it finds what is already done.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
-from shardmerge.errors import CheckpointError, LedgerMismatchError, OutputError, StoreError
+from shardmerge.errors import LedgerMismatchError
 from shardmerge.header import write_index
 from shardmerge.layout import SINGLE_SHARD, Shard
-from shardmerge.ledger import LEDGER, LOCK, Ledger
+from shardmerge.ledger import Ledger
 from shardmerge.numerics import crc32_combine
-from shardmerge.shards import STAGING, Receipt, staged, write_failed
-from shardmerge.sources import open_checkpoint
+from shardmerge.outputs.api import Output, PartKey, Receipt
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
@@ -38,6 +33,7 @@ _READ_WITH_WEIGHTS = re.compile(
     r"|((configuration|modeling|tokenization|processing)_|image_processing).*\.py"
 )
 """Files that are read together with the weights: another checkpoint's would be misread as ours."""
+_TEMPLATES = "additional_chat_templates/"
 _ONLY_FILES = frozenset({SINGLE_SHARD, "pytorch_model.bin"})
 """Names of a file that is a checkpoint without an index."""
 _WEIGHTS = re.compile(
@@ -56,6 +52,8 @@ class Published:
         tensors: their number.
         already: whether an earlier run had published it; nothing was done.
         notes: every default that was used, in words.
+        requests: for ranges, that were made to servers.
+        requested_bytes: in their answers.
     """
 
     out: str
@@ -64,10 +62,12 @@ class Published:
     tensors: int
     already: bool = False
     notes: tuple[str, ...] = ()
+    requests: int = 0
+    requested_bytes: int = 0
 
 
 def shard_checksums(
-    shards: Sequence[Shard], receipts: Mapping[tuple[int, int], Receipt]
+    shards: Sequence[Shard], receipts: Mapping[PartKey, Receipt]
 ) -> dict[str, dict[str, object]]:
     """Size and CRC-32 of every shard, from the receipts of its parts.
 
@@ -99,7 +99,7 @@ def shard_checksums(
 
 
 def publish(
-    out: Path,
+    output: Output,
     shards: Sequence[Shard],
     tensor_names: Sequence[str],
     ledger: Ledger,
@@ -113,109 +113,66 @@ def publish(
     Raises:
         OutputError: for a file that cannot be written, renamed or removed.
     """
-    try:
-        if CLEARED not in ledger.events:
-            clear(out, ledger)
-        for name, content in files.items():
-            _write_file(out / name, content)
-        _seal(out, shards, tensor_names)
-        remove_staging(out)
-    except OSError as problem:
-        raise write_failed(Path(str(problem.filename or out)), problem) from problem
+    output.check_lock()
+    if CLEARED not in ledger.events:
+        clear(output, ledger)
+    for name, content in files.items():
+        output.write(name, content)
+    output.check_lock()
+    output.seal(shards, ledger.receipts, ledger.handles)
+    if len(shards) > 1:
+        weight_map = {tensor_names[t]: shard.name for shard in shards for t in shard.tensors}
+        total = sum(shard.nbytes - len(shard.header) for shard in shards)
+        output.write(INDEX, write_index(weight_map, total))
+    output.check_lock()
+    output.tidy()
 
 
-def occupants(out: Path, planned: Iterable[str]) -> list[str]:
+def occupants(output: Output, planned: Iterable[str]) -> list[str]:
     """Names in OUT that belong to another checkpoint: weights, and files that would be replaced."""
-    if not out.is_dir():
-        return []
     wanted = {name.partition("/")[0] for name in planned}
-    return sorted(
-        path.name for path in out.iterdir() if path.name in wanted or _WEIGHTS.fullmatch(path.name)
-    )
+    names = (name.rstrip("/") for name in output.names())
+    return sorted(name for name in names if name in wanted or _WEIGHTS.fullmatch(name))
 
 
-def clear(out: Path, ledger: Ledger) -> None:
-    """Remove the checkpoint that is at ``out``: what makes it one first, its small files last."""
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or their index."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def clear(output: Output, ledger: Ledger) -> None:
+    """Remove the checkpoint that is at OUT: what makes it one first, its shards last."""
     # On record, because of a checkpoint that is half removed nobody knows what belonged to it.
-    names = {*ledger.events.get(CLEARING, ()), *_belonging(out)}
+    names = {*ledger.events.get(CLEARING, ()), *_belonging(output)}
     if names:
         ledger.mark(CLEARING, sorted(names))
     for _, group in groupby(sorted(names, key=_rank), key=_rank):
-        for name in group:
-            (out / name).unlink(missing_ok=True)
-        _sync_folder(out)
+        output.remove(group)
     ledger.mark(CLEARED)
 
 
-def _belonging(out: Path) -> set[str]:
-    """Names of the files of the checkpoint at ``out``; none where there are no weights.
+def _belonging(output: Output) -> set[str]:
+    """Names of the files of the checkpoint at OUT; none where there are no weights.
 
     Other files stay, whoever put them there: notes, logs, results of evaluations.
     """
-    names = {path.name for path in out.iterdir() if _WEIGHTS.fullmatch(path.name)}
-    if not names:
+    names = set(output.names())
+    weights = set(filter(_WEIGHTS.fullmatch, names))
+    if not weights:
         return set()
-    with contextlib.suppress(CheckpointError, StoreError):
-        names.update(filter(_READ_WITH_WEIGHTS.fullmatch, open_checkpoint(str(out)).files))
-    return names | {"config.json", "README.md", RECIPE, PROVENANCE}
+    if _TEMPLATES in names:
+        names |= {_TEMPLATES + name for name in output.names(_TEMPLATES)}
+    read = set(filter(_READ_WITH_WEIGHTS.fullmatch, names))
+    return weights | read | {"config.json", "README.md", RECIPE, PROVENANCE}
 
 
 def _rank(name: str) -> int:
-    """Place in the order of removal: without its index or only file a checkpoint is none."""
+    """Place in the order of removal: without its index or only file a checkpoint is none.
+
+    Shards are the last: while they are there, what was read with them is known to be theirs.
+    """
     if name.endswith(".index.json"):
         return 0
     if name in _ONLY_FILES:
         return 1
-    return 2 if _WEIGHTS.fullmatch(name) else 3
-
-
-def _seal(out: Path, shards: Sequence[Shard], tensor_names: Sequence[str]) -> None:
-    for shard in shards:
-        source, target = staged(out, shard), out / shard.name
-        if source.exists():
-            source.rename(target)
-        elif not target.exists() or target.stat().st_size != shard.nbytes:
-            raise OutputError(
-                f"{source} is gone. Someone removed it while the run was being published;\n"
-                "  run the same command again with --fresh."
-            )
-    _sync_folder(out)
-    if len(shards) > 1:
-        weight_map = {tensor_names[t]: shard.name for shard in shards for t in shard.tensors}
-        total = sum(shard.nbytes - len(shard.header) for shard in shards)
-        _write_file(out / INDEX, write_index(weight_map, total))
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-    _sync_folder(path.parent)
-
-
-def remove_staging(out: Path) -> None:
-    """Remove everything that is not published; the lock must be held."""
-    # While the ledger is there, a crash here is finished by the next run; the lock is last, so
-    # that no other run begins in a folder that is being removed.
-    folder = out / STAGING
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == LEDGER)):
-        path.unlink()
-    try:
-        folder.rmdir()
-    except OSError as problem:
-        if problem.errno != errno.ENOTEMPTY:  # else another run has just begun there
-            raise
-    _sync_folder(out)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    return 3 if _WEIGHTS.fullmatch(name) else 2

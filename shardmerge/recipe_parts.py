@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.methods.api import Parameter
 from shardmerge.recipe_yaml import nearest, shown
 
+_LOGIN = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*?(?=[,\]}]*(?:[\s'\"]|$))")
+
+
+def public_text(text: str) -> str:
+    """A URL, or a text with URLs, without users, passwords, queries and fragments."""
+    return _QUERY.sub(r"\1", _LOGIN.sub("", text))
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ModelName:
-    """A checkpoint as a recipe names it: a path or URL, and a revision (``path@revision``)."""
+    """A checkpoint as a recipe names it: a path or URL, and a revision (``path@revision``).
+
+    As text, for messages, it has no login and no query.
+    """
 
     url: str
     revision: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.url}@{self.revision}" if self.revision else self.url
+        url = public_text(self.url)
+        return f"{url}@{self.revision}" if self.revision else url
 
 
 Scalar = float | bool | str

@@ -3,62 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmerge.methods.api import Counts, Decision, Method, Pass
-from shardmerge.numerics import combine_blocks
+from shardmerge.numerics import ExactSums
 
 Sums = tuple[float, ...]
 Summary = Counts | Sums
 
 
-@dataclass(frozen=True, slots=True)
-class BlockSums:
-    """Float64 sums of consecutive canonical blocks of one tensor.
+Partial = Counts | npt.NDArray[np.float64]
+"""The summary of one task: counts, or float64 sums of canonical blocks, shape [blocks, values]."""
 
-    Args:
-        tensor: its number.
-        first: number of the first block.
-        sums: shape [blocks, values].
+
+class Summing:
+    """Adds up the summaries of the tasks of one pass, in memory that does not grow with them.
+
+    Counts are integers. Sums are exact until the end, where they are rounded once: both give the
+    same bits whatever the tasks were and in any order.
     """
 
-    tensor: int
-    first: int
-    sums: npt.NDArray[np.float64]
+    def __init__(self) -> None:
+        self._counts: Counts | None = None
+        self._sums: ExactSums | None = None
 
+    def add(self, partial: Partial) -> None:
+        """One more task. An array of counts belongs to the sum from now on."""
+        if partial.dtype == np.float64:
+            sums = cast(npt.NDArray[np.float64], partial)
+            if self._sums is None:
+                self._sums = ExactSums(sums.shape[1])
+            self._sums.add(sums)
+        elif self._counts is None:
+            self._counts = cast(Counts, partial)
+        else:
+            self._counts += cast(Counts, partial)
 
-Partial = Counts | tuple[BlockSums, ...]
-"""The summary of one task: counts, or sums per block."""
+    def summary(self) -> Summary:
+        """Of all that were added."""
+        if self._sums is not None:
+            return self._sums.rounded()
+        assert self._counts is not None
+        return self._counts
 
 
 def combine(partials: Iterable[Partial]) -> Summary:
-    """The summary of all tasks of one pass.
-
-    Counts are integers. Sums are rounded once per tensor and once more over the tensors, whatever
-    the tasks were: both add up to the same bits in any order.
-    """
-    counts: Counts | None = None
-    blocks: dict[int, list[BlockSums]] = {}
+    """The summary of all tasks of one pass."""
+    summing = Summing()
     for partial in partials:
-        if isinstance(partial, tuple):
-            for part in partial:
-                blocks.setdefault(part.tensor, []).append(part)
-        else:
-            counts = partial if counts is None else counts + partial
-    if counts is not None:
-        return counts
-    totals = [
-        combine_blocks(np.concatenate([part.sums for part in sorted(parts, key=_first)]))
-        for parts in blocks.values()
-    ]
-    return combine_blocks(np.array(totals)) if len(totals) > 1 else totals[0]
-
-
-def _first(part: BlockSums) -> int:
-    return part.first
+        summing.add(partial)
+    return summing.summary()
 
 
 def settle(

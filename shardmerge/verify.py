@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from shardmerge.errors import CheckpointError, ShardmergeError, StoreError
 from shardmerge.header import Header, is_plain_name, parse_index
 from shardmerge.sources.hf import INDEX, SAFETENSORS, SINGLE, few, read_header
-from shardmerge.stores import Store, open_store
+from shardmerge.stores import Range, Store, Stores
 
 RECORD = "shardmerge.json"
 
@@ -56,13 +56,21 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What the provenance record says of one shard."""
+    """What the provenance record says of one file."""
 
     nbytes: int
     crc32: int
 
 
-def verify(url: str) -> VerifyReport:
+@dataclass(frozen=True, slots=True)
+class _Records:
+    """What it says of all of them."""
+
+    shards: Mapping[str, _Record]
+    files: Mapping[str, _Record]
+
+
+def verify(url: str, stores: Stores | None = None) -> VerifyReport:
     """Look at a published folder: index, headers, and every byte against the provenance record.
 
     Without a record only the structure is checked, and ``checksums`` is false.
@@ -71,7 +79,9 @@ def verify(url: str) -> VerifyReport:
         CheckpointError: for a path that is no folder. What is wrong inside is in the report.
         StoreError: for a folder that cannot be listed, or a scheme that is not supported.
     """
-    store = open_store(url)
+    stores = stores or Stores()
+    url = stores.public(url)
+    store = stores.open(url)
     if not store.is_folder(url):
         raise CheckpointError(f"{url}: no such folder. Give the folder that was published.")
     names = store.names(url)
@@ -88,8 +98,9 @@ def verify(url: str) -> VerifyReport:
     problems += _structure(headers, weight_map, total_size, store.join(url, INDEX))
     record = _read_record(url, store, problems) if RECORD in names else None
     if record is not None:
-        problems += _differences(record, listed, store.join(url, RECORD))
-        problems += _compare(url, store, {name: record[name] for name in listed if name in record})
+        problems += _differences(record.shards, listed, store.join(url, RECORD))
+        shards = {name: record.shards[name] for name in listed if name in record.shards}
+        problems += _compare(url, store, {**shards, **record.files})
     return VerifyReport(
         problems=tuple(problems),
         shards=len(sizes),
@@ -164,7 +175,7 @@ def _structure(
 # --- checksums ------------------------------------------------------------------------------------
 
 
-def _read_record(url: str, store: Store, problems: list[str]) -> dict[str, _Record] | None:
+def _read_record(url: str, store: Store, problems: list[str]) -> _Records | None:
     place = store.join(url, RECORD)
     try:
         content = json.loads(store.read(place))
@@ -178,14 +189,24 @@ def _read_record(url: str, store: Store, problems: list[str]) -> dict[str, _Reco
     if not isinstance(shards, dict):
         problems.append(f"{place}: has no object `shards`, which would hold the checksums.")
         return None
-    record: dict[str, _Record] = {}
-    for name, entry in shards.items():
+    files = content.get("files", {})  # an older record has none
+    if not isinstance(files, dict):
+        problems.append(f"{place}: `files` is not an object.")
+        files = {}
+    return _Records(_parse_entries(shards, place, problems), _parse_entries(files, place, problems))
+
+
+def _parse_entries(
+    entries: Mapping[str, object], place: str, problems: list[str]
+) -> dict[str, _Record]:
+    found: dict[str, _Record] = {}
+    for name, entry in entries.items():
         parsed = _parse_entry(entry)
-        if parsed is None or not is_plain_name(name):
+        if parsed is None or not all(map(is_plain_name, name.split("/", 1))):
             problems.append(f"{place}: the entry {ascii(name)[:120]} is damaged.")
         else:
-            record[name] = parsed
-    return record
+            found[name] = parsed
+    return found
 
 
 def _parse_entry(entry: object) -> _Record | None:
@@ -228,13 +249,14 @@ def _compare_one(place: str, store: Store, expected: _Record, buffer: memoryview
     try:
         found = store.stat(place)
         if found is None:
-            return None  # reported with the headers
+            # A shard is reported with the headers.
+            return None if place.endswith(SAFETENSORS) else f"{place}: is missing."
         if found.size != expected.nbytes:
             return f"{place}: has {found.size:,} bytes; {RECORD} says {expected.nbytes:,}."
         crc32 = 0
         for offset in range(0, found.size, len(buffer)):
             part = buffer[: min(len(buffer), found.size - offset)]
-            store.read_into(place, offset, part)
+            store.read_ranges([Range(place, offset, part, found.version)])
             crc32 = zlib.crc32(part, crc32)
     except StoreError as problem:
         return str(problem)

@@ -6,34 +6,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.decode import decode_blocks
 from shardmerge.errors import CheckpointError
 from shardmerge.kernels.compile import LAST_INPUT_BIT, OUTPUT_BIT, Form, Kernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
 from shardmerge.layout import Piece
 from shardmerge.match import OutputTensor
-from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
-from shardmerge.numerics import CANONICAL_BLOCK, philox_key
-from shardmerge.plan import (
-    MeasureTask,
-    MergeTask,
-    Plan,
-    Task,
+from shardmerge.memory import (
     inputs_of,
     kernel_inputs,
+    resident_bytes,
     tensor_numel,
+    tile_bytes,
     tile_elements,
-    value_dtype,
 )
-from shardmerge.shards import PartWriter, Receipt, ShardWriter
-from shardmerge.sources.tensor import TensorRef, ranges
-from shardmerge.stores import open_store
-from shardmerge.summaries import BlockSums, Partial, Summary, combine, settle
+from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
+from shardmerge.numerics import CANONICAL_BLOCK, philox_key
+from shardmerge.outputs.api import PartWriter, Receipt, ShardWriter
+from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
+from shardmerge.stores import Stores
+from shardmerge.summaries import Partial, Summary, combine, settle
+from shardmerge.window import Arena, Missing, Window
 
 Decided = Mapping[str, Decision]
 """Decisions by the ledger's keys."""
@@ -66,163 +64,167 @@ class Stopping(Exception):
     """Raised inside a worker when the run is being stopped."""
 
 
-class Arena:
-    """One block of memory that a worker takes all its buffers from; pages are used when touched."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._bytes = np.empty(nbytes, dtype=np.uint8)
-        self._used = 0
-
-    def clear(self) -> None:
-        """Give back every buffer."""
-        self._used = 0
-
-    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """A buffer, aligned for vectors."""
-        start = -(-self._used // 64) * 64
-        if start + nbytes > len(self._bytes):
-            raise AssertionError(f"a task asked for {start + nbytes} of {len(self._bytes)} bytes")
-        self._used = start + nbytes
-        return self._bytes[start : start + nbytes]
-
-
-class Window:
-    """The inputs of one output tensor in memory: a tile of each, or all of it (resident)."""
-
-    def __init__(
-        self, refs: Sequence[TensorRef], arena: Arena, *, tile: int, resident: bool, numel: int
-    ) -> None:
-        self._refs = refs
-        self._resident = resident
-        self._tile = tile
-        self._itemsizes = [value_dtype(ref).itemsize for ref in refs]
-        room = numel if resident else min(tile, numel)
-        self._buffers = [arena.take(room * size) for size in self._itemsizes]
-        self._loaded = [0] * len(refs)
-        fp8 = any(ref.dtype.is_fp8 for ref in refs)
-        self._raw = arena.take(min(tile, numel)) if fp8 else None
-        self.read_bytes = 0
-
-    def tile(self, start: int, stop: int, which: Sequence[int]) -> list[int]:
-        """Addresses of element ``start`` of every input; those in ``which`` hold it to ``stop``."""
-        first = start if self._resident else 0
-        for number in which:
-            if self._resident:
-                while self._loaded[number] < stop:
-                    begin = self._loaded[number]
-                    end = min(stop, begin + self._tile)
-                    self._load(number, begin, end, at=begin)
-                    self._loaded[number] = end
-            else:
-                self._load(number, start, stop, at=0)
-        return [
-            buffer.ctypes.data + first * size
-            for buffer, size in zip(self._buffers, self._itemsizes, strict=True)
-        ]
-
-    def view(self, number: int, count: int) -> npt.NDArray[np.uint8]:
-        """The bytes of the first ``count`` elements of an input's tile."""
-        return self._buffers[number][: count * self._itemsizes[number]]
-
-    def _load(self, number: int, start: int, stop: int, *, at: int) -> None:
-        ref, size = self._refs[number], self._itemsizes[number]
-        target = self._buffers[number][at * size : (at + stop - start) * size]
-        if self._raw is None or not ref.dtype.is_fp8:
-            self.read_bytes += read_elements(ref, start, stop, target)
-            return
-        raw = self._raw[: stop - start]
-        self.read_bytes += read_elements(ref, start, stop, raw)
-        values = target.view(np.float32)
-        self.read_bytes += decode_blocks(ref, start, raw, values, read_elements)
-
-
-def read_elements(ref: TensorRef, start: int, stop: int, into: npt.NDArray[np.uint8]) -> int:
-    """Fill ``into`` with the stored bytes of elements ``[start, stop)``; gives their number."""
-    position = 0
-    view = into.data
-    for segment in ranges(ref, start, stop):
-        chunk = view[position : position + segment.nbytes]
-        open_store(segment.url).read_into(segment.url, segment.offset, chunk)
-        position += segment.nbytes
-    return position
-
-
 @dataclass(slots=True)
 class Context:
     """What the passes of a tensor share with their worker.
 
     Args:
-        permits: kernels run while holding one, so that other workers read and write meanwhile.
+        computing: kernels run while holding one, so that other workers read and write meanwhile.
+        reading: a worker reads while holding one.
         stopping: set when the run is to stop; a task then ends between two tiles.
     """
 
     plan: Plan
+    stores: Stores
     kernels: Kernels
-    permits: threading.Semaphore
+    computing: threading.Semaphore
+    reading: threading.Semaphore
     stopping: threading.Event
     arena: Arena
     seconds: Seconds = field(default_factory=Seconds)
+    read_bytes: int = 0
+
+    def fetch(self, missing: Sequence[Missing]) -> None:
+        """Read what is missing, all of it together."""
+        if self.stopping.is_set():
+            raise Stopping
+        if not missing:
+            return
+        began = time.perf_counter()
+        ranges = [item for part in missing for item in part.ranges()]
+        with self.reading:
+            self.stores.read(ranges)
+        for part in missing:
+            part.arrived()
+        self.read_bytes += sum(item.into.nbytes for item in ranges)
+        self.seconds.read += time.perf_counter() - began
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the workers of one process share."""
+
+    plan: Plan
+    stores: Stores
+    kernels: Kernels
+    computing: threading.Semaphore
+    reading: threading.Semaphore
+    stopping: threading.Event
+
+    @classmethod
+    def of(cls, plan: Plan, stores: Stores) -> Shared:
+        """For the workers that a plan wants in one process."""
+        return cls(
+            plan=plan,
+            stores=stores,
+            kernels=Kernels(),
+            computing=threading.Semaphore(plan.kernels),
+            reading=threading.Semaphore(plan.readers),
+            stopping=threading.Event(),
+        )
 
 
 class Worker:
     """Runs tasks, one at a time, in memory that is taken once."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        writer: ShardWriter,
-        kernels: Kernels,
-        permits: threading.Semaphore,
-        stopping: threading.Event,
-    ) -> None:
-        arena = Arena(plan.worker_bytes)
-        self._context = Context(plan, kernels, permits, stopping, arena)
+    def __init__(self, shared: Shared, writer: ShardWriter) -> None:
+        self._context = Context(
+            plan=shared.plan,
+            stores=shared.stores,
+            kernels=shared.kernels,
+            computing=shared.computing,
+            reading=shared.reading,
+            stopping=shared.stopping,
+            arena=Arena(shared.plan.worker_bytes),
+        )
         self._writer = writer
 
     def run(self, task: Task, decided: Decided) -> Done:
         """Do a task."""
         self._context.seconds = Seconds()
+        self._context.read_bytes = 0
         if isinstance(task, MeasureTask):
-            return self._measure(task, decided)
-        return self._merge(task, decided)
+            partial = self._measure(task, decided)
+            receipts = []
+        else:
+            partial = None
+            receipts = self._merge(task, decided)
+        context = self._context
+        return Done(task.number, tuple(receipts), partial, context.read_bytes, context.seconds)
 
-    def _start(self, tensor: int, decided: Decided, *, resident: bool) -> _TensorRun:
-        self._context.arena.clear()
-        return _TensorRun(self._context, tensor, decided, resident=resident)
-
-    def _measure(self, task: MeasureTask, decided: Decided) -> Done:
+    def _measure(self, task: MeasureTask, decided: Decided) -> Partial:
         method = self._context.plan.scopes[task.scope].method
         step = next(s for s in info_of(method).passes if s.name == task.step)
-        counts: Counts | None = None
-        blocks: list[BlockSums] = []
-        read_bytes = 0
-        for piece in task.pieces:
-            run = self._start(piece.tensor, decided, resident=False)
+        partials: list[Partial] = []
+        for piece, run in self._runs(task.pieces, step, decided, resident=False):
             partial = run.measure(step, piece.start, piece.stop)
-            read_bytes += run.window.read_bytes
-            if isinstance(partial, tuple):
-                blocks += partial
+            if partials and partial.dtype != np.float64:
+                partials[0] += partial  # counts are large, and there may be many pieces
             else:
-                counts = partial if counts is None else counts + partial
-        partial = tuple(blocks) if counts is None else counts
-        return Done(task.number, (), partial, read_bytes, self._context.seconds)
+                partials.append(partial)
+        return cast(Partial, np.concatenate(partials)) if len(partials) > 1 else partials[0]
 
-    def _merge(self, task: MergeTask, decided: Decided) -> Done:
-        receipts, read_bytes = [], 0
-        run: _TensorRun | None = None
+    def _merge(self, task: MergeTask, decided: Decided) -> list[Receipt]:
+        receipts = []
+        last: _TensorRun | None = None
         for part in task.parts:
             sink = self._writer.part(part)
             if part.number == 0:
                 sink.write(self._context.plan.shards[part.shard].header)
             found: set[tuple[int, int]] = set()
-            for piece in part.pieces:
-                if run is None or run.number != piece.tensor:
-                    read_bytes += 0 if run is None else run.window.read_bytes
-                    run = self._start(piece.tensor, decided, resident=task.resident)
-                found |= run.merge(piece, sink)
-            receipts.append(sink.receipt(sorted(found)))
-        read_bytes += 0 if run is None else run.window.read_bytes
-        return Done(task.number, tuple(receipts), None, read_bytes, self._context.seconds)
+            pieces = part.pieces
+            if last is not None and task.resident and pieces[0].tensor == last.number:
+                found |= last.merge(pieces[0], sink)
+                pieces = pieces[1:]
+            for piece, last in self._runs(pieces, None, decided, resident=task.resident):
+                found |= last.merge(piece, sink)
+            began = time.perf_counter()
+            receipts.append(sink.finish(sorted(found)))
+            self._context.seconds.write += time.perf_counter() - began
+        return receipts
+
+    def _runs(
+        self, pieces: Sequence[Piece], step: Pass | None, decided: Decided, *, resident: bool
+    ) -> Iterator[tuple[Piece, _TensorRun]]:
+        """The passes of each piece; small tensors that lie side by side are read together."""
+        for group in _together(self._context.plan, pieces, resident=resident):
+            self._context.arena.clear()
+            runs = [_TensorRun(self._context, p.tensor, decided, resident=resident) for p in group]
+            if len(group) > 1:
+                ahead = [run.missing(step, p) for p, run in zip(group, runs, strict=True)]
+                self._context.fetch([part for parts in ahead for part in parts])
+            for piece, run in zip(group, runs, strict=True):
+                run.settle()
+                yield piece, run
+
+
+def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterator[list[Piece]]:
+    """Consecutive pieces whose inputs fit into a worker's memory at once; larger ones alone."""
+    group: list[Piece] = []
+    room = 0
+    for piece in pieces:
+        tensor = plan.tensors[piece.tensor]
+        tile = tile_elements(tensor, plan.worker_bytes)
+        needed = tile_bytes(tensor, tile)
+        if resident and Over.TENSOR in _levels(tensor).values():
+            needed = resident_bytes(tensor)
+        whole = piece.stop - piece.start == tensor_numel(tensor) <= tile
+        if group and (needed > room or not whole):
+            yield group
+            group = []
+        if not group:
+            room = plan.worker_bytes
+        group.append(piece)
+        room -= needed
+        if not whole:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _levels(tensor: OutputTensor) -> Mapping[str, Over | None]:
+    return {} if tensor.method is None else levels_of(tensor.method)
 
 
 class _TensorRun:
@@ -233,8 +235,7 @@ class _TensorRun:
         self.number = number
         self._context = context
         self._tensor: OutputTensor = plan.tensors[number]
-        method = self._tensor.method
-        self._levels = {} if method is None else levels_of(method)
+        self._levels = _levels(self._tensor)
         # Without a measure over the tensor there is nothing to keep its inputs for.
         self._resident = resident and Over.TENSOR in self._levels.values()
         self._tile = tile_elements(self._tensor, plan.worker_bytes)
@@ -249,8 +250,7 @@ class _TensorRun:
         self._output = context.arena.take(min(self._tile, numel) * self._tensor.dtype.itemsize)
         self._decisions = self._given(decided)
         self._keys = _random_keys(self._tensor, plan.recipe.seed)
-        if self._resident:
-            self._measure_all(numel)
+        self._measured = not self._resident
 
     def _given(self, decided: Decided) -> dict[str, Decision | None]:
         """Decisions that were taken elsewhere, by the name of the settling pass."""
@@ -262,9 +262,21 @@ class _TensorRun:
                 found[name] = decided.get(self._context.plan.key(self.number, name, over))
         return found
 
-    def _measure_all(self, numel: int) -> None:
-        """All measuring and settling passes over this tensor, on inputs that stay in memory."""
+    def missing(self, step: Pass | None, piece: Piece) -> list[Missing]:
+        """What a pass (None: all of a merge) has to read for a piece of at most a tile."""
         method = self._tensor.method
+        if method is None or self._resident:
+            which: Sequence[int] = range(len(inputs_of(self._tensor)))
+        else:
+            which = self._kernel(step or info_of(method).merge_pass).inputs
+        return self.window.missing(piece.start, piece.stop, which)
+
+    def settle(self) -> None:
+        """All measuring and settling passes over this tensor, on inputs that stay in memory."""
+        if self._measured:
+            return
+        self._measured = True
+        method, numel = self._tensor.method, tensor_numel(self._tensor)
         summaries: dict[str, Summary] = {}
         for step in info_of(method).passes[:-1]:
             if self._levels[step.name] is not Over.TENSOR:
@@ -287,7 +299,7 @@ class _TensorRun:
 
         for _ in self._tiles(kernel, step, start, stop, into):
             pass
-        return (BlockSums(self.number, start // CANONICAL_BLOCK, sums),)
+        return sums
 
     def _count(self, kernel: Kernel, step: Pass, start: int, stop: int) -> Counts:
         total = np.zeros((kernel.width, HISTOGRAM_BINS), dtype=np.int64)
@@ -331,7 +343,7 @@ class _TensorRun:
         for begin in range(start, stop, self._tile):
             end = min(stop, begin + self._tile)
             inputs = self._read(begin, end, kernel.inputs)
-            with self._context.permits:
+            with self._context.computing:
                 began = time.perf_counter()
                 bits = kernel(
                     count=end - begin,
@@ -345,12 +357,9 @@ class _TensorRun:
             yield begin, end, bits
 
     def _read(self, start: int, stop: int, which: Sequence[int]) -> list[int]:
-        if self._context.stopping.is_set():
-            raise Stopping
-        began = time.perf_counter()
-        addresses = self.window.tile(start, stop, which)
-        self._context.seconds.read += time.perf_counter() - began
-        return addresses
+        """Addresses of element ``start`` of every input; those in ``which`` hold it to ``stop``."""
+        self._context.fetch(self.window.missing(start, stop, which))
+        return self.window.addresses(start)
 
     def _write(self, sink: PartWriter, data: npt.NDArray[np.uint8]) -> None:
         began = time.perf_counter()
@@ -363,9 +372,9 @@ class _TensorRun:
         for begin in range(piece.start, piece.stop, self._tile):
             end = min(piece.stop, begin + self._tile)
             self._read(begin, end, range(len(refs)))
-            first = self.window.view(0, end - begin)
+            first = self.window.view(0, begin, end)
             for number in range(1, len(refs)):
-                if not np.array_equal(first, self.window.view(number, end - begin)):
+                if not np.array_equal(first, self.window.view(number, begin, end)):
                     raise CheckpointError(
                         f"{self._tensor.name} holds {self._tensor.dtype.torch_name} and differs "
                         f"between {refs[0].segments[0].url} and {refs[number].segments[0].url}.\n"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import support
+from tests.support import path_of
 
 CALLS = (
     "pwrite",
@@ -35,7 +36,6 @@ CALLS = (
     "rename",
     "unlink",
     "ftruncate",
-    "posix_fallocate",
     "mkdir",
     "rmdir",
 )
@@ -89,15 +89,6 @@ class Calls:
         until = time.monotonic() + _PAUSE_S
         while not Path(self._options["log"] + ".go").exists() and time.monotonic() < until:
             time.sleep(0.01)
-
-
-def path_of(*arguments: Any, **more: Any) -> str:
-    """What a call is about: a path, or that of an open file."""
-    if isinstance(arguments[0], int):
-        return str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
-    folder = more.get("dir_fd")
-    path = os.fspath(arguments[0])
-    return path if folder is None else str(Path(f"/proc/self/fd/{folder}").readlink() / path)
 
 
 def run(options: dict[str, Any]) -> int:

@@ -5,23 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
-from shardmerge import arrays, execute, layout, plan, work
-from shardmerge.executors import local
+from shardmerge import arrays, execute, layout, memory, plan, work
 from shardmerge.header import parse_header, write_header, write_index
 from shardmerge.kernels import compile as kernel_compile
 from shardmerge.kernels.trace import Kernels
+from shardmerge.layout import Shard
 from shardmerge.merge import prepare
 from shardmerge.numerics import DType
+from shardmerge.outputs.api import STAGING
+from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.plan import Plan
-from shardmerge.shards import STAGING
+from shardmerge.progress import Quiet
+
+if TYPE_CHECKING:
+    import pytest
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -211,16 +219,17 @@ def shrink(set_: Set, *, part_bytes: int = 1024, tile_blocks: int = 4, measure_b
         set_: ``monkeypatch.setattr``, or ``setattr`` in a process of its own.
         part_bytes: at least 8 bytes for each element of a block.
     """
-    for module in (kernel_compile, work, plan, layout, arrays):
+    for module in (kernel_compile, work, memory, plan, layout, arrays):
         set_(module, "CANONICAL_BLOCK", BLOCK)
     set_(layout, "PART_BYTES", part_bytes)
     set_(layout, "LEAST_PART_BYTES", part_bytes // 12)
-    set_(plan, "TILE_ELEMENTS", tile_blocks * BLOCK)
+    set_(memory, "TILE_ELEMENTS", tile_blocks * BLOCK)
+    set_(memory, "REMOTE_TILE_ELEMENTS", tile_blocks * BLOCK)
     set_(plan, "MEASURE_ELEMENTS", measure_blocks * BLOCK)
-    set_(plan, "COMFORTABLE_BYTES", 0)
+    set_(memory, "COMFORTABLE_BYTES", 0)
     set_(execute, "COMMIT_BYTES", 4096)
     set_(execute, "COMMIT_S", 0.02)
-    set_(local, "Kernels", _shared_kernels)
+    set_(work, "Kernels", _shared_kernels)
     set_(arrays, "_KERNELS", _shared_kernels())
 
 
@@ -238,11 +247,71 @@ def plan_of(
     recipe: str, out: Path | str = "OUT", *, memory_bytes: int = PLENTY_BYTES, threads: int = 1
 ) -> Plan:
     """The plan of a recipe."""
-    return prepare(recipe, str(out), memory_bytes=memory_bytes, threads=threads)[0]
+    return prepare(recipe, str(out), memory_bytes=memory_bytes, threads=threads).plan
 
 
 def least_memory(recipe: str, *, workers: int = 1) -> int:
     """The smallest budget in which so many workers fit: tensors that are measured are streamed."""
     tensors = plan_of(recipe).tensors
-    least = max(plan.tile_bytes(tensor, plan.CANONICAL_BLOCK) for tensor in tensors)
-    return plan.FOOTPRINT_BYTES + workers * least
+    least = max(memory.tile_bytes(tensor, memory.CANONICAL_BLOCK) for tensor in tensors)
+    return memory.FOOTPRINT_BYTES + workers * least
+
+
+class StopsWhenPlanned(Quiet):
+    """Stops a run when its ledger has begun, before the first task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop = threading.Event()
+
+    def start(self, **counts: int) -> None:
+        super().start(**counts)
+        self.stop.set()
+
+
+# --- what is written ----------------------------------------------------------------------------
+
+
+def path_of(*arguments: Any, **more: Any) -> str:
+    """What a call of ``os`` is about: a path, or that of an open file."""
+    if isinstance(arguments[0], int):
+        return str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
+    folder = more.get("dir_fd")
+    path = os.fspath(arguments[0])
+    return path if folder is None else str(Path(f"/proc/self/fd/{folder}").readlink() / path)
+
+
+def receipts(out: Path) -> set[tuple[int, int]]:
+    """Parts that the ledger of an unfinished run holds."""
+    ledger = out / STAGING / LEDGER
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return {tuple(record["part"]) for record in map(json.loads, lines) if "part" in record}
+
+
+def all_parts(shards: Sequence[Shard]) -> set[tuple[int, int]]:
+    """Every part, by the key of its receipt."""
+    return {(part.shard, part.number) for shard in shards for part in shard.parts}
+
+
+class Pwrites:
+    """Collects what is written to shards, from now on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._found: list[tuple[str, int]] = []
+        real = os.pwrite
+
+        def pwrite(file: int, data: bytes, offset: int) -> int:
+            self._found.append((Path(path_of(file)).name, offset))
+            return real(file, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+
+    def parts(self, shards: Sequence[Shard]) -> set[tuple[int, int]]:
+        """Parts of which something was written."""
+        return {
+            (part.shard, part.number)
+            for shard in shards
+            for part in shard.parts
+            for name, offset in self._found
+            if name == f"{shard.name}.part" and part.start <= offset < part.stop
+        }

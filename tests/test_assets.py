@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 
 import pytest
@@ -342,22 +343,25 @@ def test_provenance() -> None:
     url = "https://me:pa,ss@host/models/a?X-Amz-Signature=abc"
     text = f"merge_method: passthrough\nmodels: [{{model: {{path: '{url}'}}}}]\n"
     checkpoint = Checkpoint(url, {}, {}, (), versions={"model.safetensors": "v1"})
-    found = provenance(
+    content = provenance(
         version="1.0",
         fingerprint="f00",
         recipe=Recipe.parse(text),
         sources={ModelName(url): checkpoint},
         shards={"model.safetensors": {"bytes": 10, "crc32": "0000abcd"}},
+        files={"config.json": b"{}", "README.md": b"# A model"},
         non_finite=0,
         notes=[f"x: only in {url}; copied from it"],
     )
-    assert json.loads(json.dumps(found)) == found
+    found = json.loads(content)
+    assert found["files"] == {"config.json": {"bytes": 2, "crc32": f"{zlib.crc32(b'{}'):08x}"}}
     assert list(found) == [
         "shardmerge",
         "fingerprint",
         "recipe",
         "sources",
         "shards",
+        "files",
         "non_finite_tensors",
         "notes",
     ]

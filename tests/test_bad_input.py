@@ -378,10 +378,14 @@ def test_a_folder_of_another_kind(
     [
         ("aa", "CheckpointError", ("aa: no such folder or file", "a")),
         ("quite-different", "CheckpointError", ("no such folder or file here", "Check the path")),
-        ("no/such", "CheckpointError", ("no does not exist either", "hf download no/such")),
+        (
+            "no/such",
+            "CheckpointError",
+            ("no such folder or file here", "taken as a model of the Hub"),
+        ),
         ("recipe.yml", "CheckpointError", ("neither a folder nor a .safetensors file",)),
-        ("s3://bucket/a", "StoreError", ("s3:// is not supported yet", "Download")),
-        ("a@v2", "CheckpointError", ("a has no revision 'v2'", "Hugging Face cache")),
+        ("ftq://bucket/a", "StoreError", ("ftq://: no such kind of place is known", "s3://")),
+        ("a@v2", "CheckpointError", ("a has no revision 'v2'", "Hugging Face Hub")),
     ],
 )
 def test_a_model_that_is_not_there(
@@ -859,7 +863,7 @@ def test_other_commands(
     ("out", "status", "error", "why"),
     [
         ("", 2, "UsageError", "OUT is empty"),
-        ("s3://bucket/out", 2, "UsageError", "local folder"),
+        ("gs://bucket/out", 2, "UsageError", "local folder"),
         ("file:///tmp/out", 2, "UsageError", "local folder"),
         ("x" * 300, 1, "OutputError", "File name too long"),
     ],

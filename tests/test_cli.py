@@ -243,6 +243,8 @@ def test_a_merge_in_json(capsys: Capture, family: Callable[..., None]) -> None:
         "tensors": len(SEVERAL_DTYPES),
         "already": False,
         "notes": published["notes"],
+        "requests": 0,
+        "requested_bytes": 0,
     }
     start, *tasks = lines(err)
     assert start["event"] == "start" and {task["event"] for task in tasks} == {"task"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -14,10 +13,10 @@ import pytest
 
 from shardmerge.layout import Shard
 from shardmerge.merge import merge
-from shardmerge.shards import STAGING
+from shardmerge.outputs.api import STAGING
 from tests import support
-from tests.crash_child import SYNCS, Merges, path_of
-from tests.support import HALVES, INDEX, SINGLE, tree, visible
+from tests.crash_child import SYNCS, Merges
+from tests.support import HALVES, INDEX, SINGLE, Pwrites, all_parts, receipts, tree, visible
 
 KILLED = -9
 OLD_FILES = {
@@ -111,41 +110,10 @@ def check_what_readers_see(case: Scenario, out: Path, point: object) -> None:
     assert case.old is not None and found == tree(case.old), f"{point}: {sorted(found)}"
 
 
-def receipts(out: Path) -> set[tuple[int, int]]:
-    """Parts that the ledger holds."""
-    ledger = out / STAGING / "ledger.jsonl"
-    lines = ledger.read_text().splitlines() if ledger.exists() else []
-    return {tuple(record["part"]) for record in map(json.loads, lines) if "part" in record}
-
-
-class Pwrites:
-    """Bytes written to shards, by path and position."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.found: list[tuple[str, int, int]] = []
-        real = os.pwrite
-
-        def pwrite(file: int, data: bytes, offset: int) -> int:
-            self.found.append((Path(path_of(file)).name, offset, len(data)))
-            return real(file, data, offset)
-
-        monkeypatch.setattr(os, "pwrite", pwrite)
-
-    def parts(self, case: Scenario) -> set[tuple[int, int]]:
-        """Parts of which something was written."""
-        return {
-            (part.shard, part.number)
-            for shard in case.shards
-            for part in shard.parts
-            for name, offset, _ in self.found
-            if name == f"{shard.name}.part" and part.start <= offset < part.stop
-        }
-
-
 def check_resume(case: Scenario, out: Path, point: object, monkeypatch) -> None:
     """The same command again gives the same files, and writes no part that has a receipt."""
     kept = receipts(out)
-    every = {(part.shard, part.number) for shard in case.shards for part in shard.parts}
+    every = all_parts(case.shards)
     published = visible(out) == case.quiet if out.exists() else False
     with monkeypatch.context() as patch:
         pwrites = Pwrites(patch)
@@ -159,7 +127,7 @@ def check_resume(case: Scenario, out: Path, point: object, monkeypatch) -> None:
     assert tree(out) == case.quiet, point
     assert [path for path in out.rglob("*") if path.is_dir()] == [], point
     if not published:
-        assert pwrites.parts(case) == every - kept, point
+        assert pwrites.parts(case.shards) == every - kept, point
 
 
 def check(case: Scenario, merges: Merges, folder: Path, point: dict[str, object], monkeypatch):

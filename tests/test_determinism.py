@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardmerge import layout, plan
+from shardmerge import layout, memory, plan
 from shardmerge.arrays import merge_raw
 from shardmerge.errors import Stopped
+from shardmerge.memory import inputs_of, kernel_inputs
 from shardmerge.merge import merge
 from shardmerge.methods.api import ORACLES, Over, info_of, levels_of
 from shardmerge.numerics import DType
-from shardmerge.plan import MergeTask, inputs_of, kernel_inputs
+from shardmerge.plan import MergeTask
 from shardmerge.progress import Quiet
 from shardmerge.sources.tensor import TensorRef
 from tests import support
@@ -157,10 +158,11 @@ def test_memory_threads_tiles_and_parts(quiet, tmp_path, monkeypatch):
         (least_memory(recipe, workers=4), 2, {"TILE_ELEMENTS": 3 * BLOCK, "PART_BYTES": 8 * BLOCK}),
         (PLENTY_BYTES, 2, {"TILE_ELEMENTS": 7 * BLOCK, "PART_BYTES": 2**20}),
     ]
+    owners = {"PART_BYTES": layout, "TILE_ELEMENTS": memory, "MEASURE_ELEMENTS": plan}
     for number, (memory_bytes, threads, constants) in enumerate(runs):
         with monkeypatch.context() as patch:
             for name, value in constants.items():
-                patch.setattr(layout if name == "PART_BYTES" else plan, name, value)
+                patch.setattr(owners[name], name, value)
             out = tmp_path / str(number)
             merge(recipe, str(out), memory_bytes=memory_bytes, threads=threads)
         assert digests(out) == expected, runs[number]
@@ -173,15 +175,19 @@ def test_stops_and_resumption(quiet, tmp_path):
     out = tmp_path / "stopped"
     stops, published = 0, None
     while published is None:
-        memory_bytes = least_memory(recipe, workers=rng.randint(1, 4))
+        # At first one worker, so that most is left to do after the stop.
+        workers, threads = (1, 1) if stops < 2 else (rng.randint(1, 4), rng.randint(1, 4))
+        memory_bytes = least_memory(recipe, workers=workers)
         # Later and later: what is measured over the whole model is begun again after a stop.
         progress = StopAfter(1 + 3 * stops)
         with contextlib.suppress(Stopped):
             published = merge(
                 recipe,
                 str(out),
-                memory_bytes=rng.choice((memory_bytes, PLENTY_BYTES)),
-                threads=rng.randint(1, 4),
+                memory_bytes=memory_bytes
+                if stops < 2
+                else rng.choice((memory_bytes, PLENTY_BYTES)),
+                threads=threads,
                 progress=progress,
                 stop=progress.stop,
             )

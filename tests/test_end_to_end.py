@@ -640,7 +640,7 @@ def test_fp8_in_small_tiles(
     """Tiles that begin and end inside rows and blocks give the same values; the plan knows all."""
     known, b = quantise("a", weight_block_size=[BLOCK, BLOCK]), tensors("b")
     path = write_recipe(Path("recipe.yml"), of_two(dtype="float32"))
-    monkeypatch.setattr("shardmerge.plan.TILE_ELEMENTS", 65_536)
+    monkeypatch.setattr("shardmerge.memory.TILE_ELEMENTS", 65_536)
     assert main(["plan", path, "out", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert main(["merge", path, "out", "--json"]) == 0

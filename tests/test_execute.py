@@ -8,7 +8,8 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmerge import execute as execute_module
-from shardmerge.errors import OutputError, ShardmergeError, Stopped, StoreError
+from shardmerge.errors import CheckpointError, OutputError, ShardmergeError, Stopped, StoreError
 from shardmerge.execute import execute
 from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
 from shardmerge.kernels.compile import Kernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.layout import Spec, lay_out
-from shardmerge.ledger import LEDGER, Ledger
+from shardmerge.ledger import Ledger
 from shardmerge.numerics import DType
+from shardmerge.outputs.api import STAGING, Receipt, ShardWriter
+from shardmerge.outputs.local import LEDGER_FILE as LEDGER
+from shardmerge.outputs.local import LocalJournal, LocalOutput
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
 from shardmerge.progress import Quiet
-from shardmerge.shards import STAGING, Receipt, ShardWriter, opened, staged
-from shardmerge.stores import LocalStore
-from shardmerge.summaries import BlockSums
+from shardmerge.stores import Range, Stores
+from shardmerge.stores.local import LocalStore
 from shardmerge.work import Decided, Done
 from tests import support
 from tests.support import HALVES, recipe_of, write_checkpoint, write_recipe
@@ -72,11 +75,8 @@ class ExecutorSuite:
 
     @pytest.fixture
     def writer(self, tmp_path, models):
-        (tmp_path / "out" / ".shardmerge").mkdir(parents=True)
-        writer = ShardWriter(tmp_path / "out", self.plan(tmp_path, models).shards)
-        writer.reserve(set())
-        yield writer
-        writer.close()
+        with writing(tmp_path / "out", self.plan(tmp_path, models)) as writer:
+            yield writer
 
     # --- the promises ---
 
@@ -105,14 +105,17 @@ class ExecutorSuite:
         assert len(ended) == 2 * len(plan.tasks)
         check_written(tmp_path / "out", plan, ended)
 
-    def test_the_error_of_a_task_is_raised_and_the_others_go_on(self, tmp_path, models, writer):
+    def test_the_error_of_a_task_is_raised_and_the_others_go_on(self, tmp_path):
+        specs = {**HALVES, "ids": (DType.I64, (9,))}
+        models = [write_checkpoint(tmp_path / f"m{i}", specs, seed=i, shards=1) for i in (0, 1)]
+        data = (models[1] / support.SINGLE).read_bytes()
+        at = data.index((8).to_bytes(8, "little"))
+        (models[1] / support.SINGLE).write_bytes(data[:at] + b"\7" + data[at + 1 :])
         plan = self.plan(tmp_path, models)
-        shard = models[1] / support.SINGLE
-        shard.write_bytes(shard.read_bytes()[:-1])
-        with self.start(plan, writer) as executor:
+        with writing(tmp_path / "out", plan) as writer, self.start(plan, writer) as executor:
             ended, errors = collect(executor, plan.tasks)
             assert executor.next_done(0.05) is None
-        assert [type(error) for error in errors] == [StoreError]
+        assert [type(error) for error in errors] == [CheckpointError]
         assert len(ended) == len(plan.tasks) - 1
         assert len({done.task for done in ended}) == len(ended)
         check_written(tmp_path / "out", plan, ended)
@@ -139,6 +142,16 @@ class ExecutorSuite:
             executor.stop()
         assert len({done.task for done in ended}) == len(ended)
         check_written(tmp_path / "out", plan, ended)
+
+
+@contextmanager
+def writing(out: Path, plan: Plan) -> Iterator[ShardWriter]:
+    """A writer of the shards of a plan."""
+    output = LocalOutput(out)
+    (out / STAGING).mkdir(parents=True)
+    handles = dict(output.begin(plan.shards, range(len(plan.shards))))
+    with closing(output.writer(plan.shards, handles)) as writer:
+        yield writer
 
 
 def collect(
@@ -171,7 +184,7 @@ def finish(executor: Executor, tasks: list[Task] | tuple[Task, ...]) -> list[Don
 
 
 def written_bytes(out: Path, plan: Plan) -> list[bytes]:
-    return [staged(out, shard).read_bytes() for shard in plan.shards]
+    return [(out / STAGING / f"{shard.name}.part").read_bytes() for shard in plan.shards]
 
 
 def check_written(out: Path, plan: Plan, ended: list[Done]) -> None:
@@ -186,7 +199,7 @@ def check_written(out: Path, plan: Plan, ended: list[Done]) -> None:
 
 class TestLocalExecutor(ExecutorSuite):
     def start(self, plan: Plan, writer: ShardWriter) -> Executor:
-        return LocalExecutor(plan, writer)
+        return LocalExecutor(plan, writer, Stores())
 
     def test_a_running_task_ends_between_two_tiles(self, tmp_path, models, writer, monkeypatch):
         plan = self.plan(tmp_path, models, threads=1)
@@ -197,14 +210,14 @@ class TestLocalExecutor(ExecutorSuite):
             reads.wait_for(plan.workers)
             stopper = threading.Thread(target=executor.stop)
             stopper.start()
-            while not executor._stopping.is_set():
+            while not executor._shared.stopping.is_set():
                 time.sleep(0.001)
             reads.open()
             stopper.join(_SAFE_S)
             assert not stopper.is_alive()
             assert executor.next_done(0) is None
-            # Each worker was in the first read of a tile, and finished that tile's.
-            assert reads.count == plan.workers * len(models)
+            # Each worker was reading its first tile, and finished that.
+            assert reads.count == plan.workers
 
     def test_at_most_so_many_kernels_at_a_time(self, tmp_path, models, writer, monkeypatch):
         plan = self.plan(tmp_path, models, threads=2)
@@ -253,15 +266,15 @@ class Gate:
         self.count = 0
         self._opened = threading.Event()
         self._lock = threading.Lock()
-        real = LocalStore.read_into
+        real = LocalStore.read_ranges
 
-        def read_into(store: LocalStore, url: str, offset: int, buffer: memoryview) -> None:
+        def read_ranges(store: LocalStore, ranges: Sequence[Range]) -> None:
             with self._lock:
                 self.count += 1
             assert self._opened.wait(_SAFE_S)
-            real(store, url, offset, buffer)
+            real(store, ranges)
 
-        monkeypatch.setattr(LocalStore, "read_into", read_into)
+        monkeypatch.setattr(LocalStore, "read_ranges", read_ranges)
 
     def wait_for(self, count: int) -> None:
         until = time.monotonic() + _SAFE_S
@@ -339,11 +352,7 @@ class Paper:
             self.counts.append(weakref.ref(counts))
             return Done(task.number, (), counts)
         width = {"products": 3, "magnitudes": 4, "squares": 2, "signs": 1}[task.step]
-        blocks = [
-            BlockSums(piece.tensor, piece.start // support.BLOCK, rng.random((3, width)))
-            for piece in task.pieces
-        ]
-        return Done(task.number, (), tuple(blocks))
+        return Done(task.number, (), rng.random((3 * len(task.pieces), width)))
 
 
 class PaperWriter:
@@ -385,7 +394,7 @@ def parts_of(plan: Plan) -> set[tuple[int, int]]:
 
 
 def ledger_at(path: Path) -> Ledger:
-    return Ledger(path / LEDGER, {"recipe": "paper"})
+    return Ledger(LocalJournal(path / LEDGER), {"recipe": "paper"})
 
 
 few = settings(max_examples=25, deadline=None)
@@ -604,13 +613,13 @@ def test_a_part_that_ends_after_a_sync_is_synced_again(tmp_path, monkeypatch):
     shards = lay_out([Spec("a", DType.F32, (8,))], [0], None)
     calls = []
     monkeypatch.setattr(os, "fdatasync", lambda file: calls.append("sync"))
-    ledger = Ledger(tmp_path / STAGING / "ledger.jsonl", {})
-    with opened(ShardWriter(tmp_path, shards)) as writer:
+    ledger = Ledger(LocalOutput(tmp_path).journal(), {})
+    with closing(LocalOutput(tmp_path).writer(shards, {})) as writer:
         part = writer.part(shards[0].parts[0])
         part.write(shards[0].header)
         with execute_module._Committer(ledger, writer) as committer:
             committer._commit([Receipt(0, 7, 0, 0)], {})
             part.write(bytes(32))
             calls.append("written")
-            committer.add((part.receipt([]),))
+            committer.add((part.finish([]),))
     assert calls == ["sync", "written", "sync"]

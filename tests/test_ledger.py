@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardmerge.errors import LedgerMismatchError, Stopped
-from shardmerge.ledger import LEDGER, Ledger, fingerprint
+from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.merge import merge
+from shardmerge.outputs.api import STAGING, Receipt
+from shardmerge.outputs.local import LEDGER_FILE as LEDGER
+from shardmerge.outputs.local import LocalJournal
 from shardmerge.progress import Quiet
-from shardmerge.shards import STAGING, Receipt
 from tests import support
 from tests.support import HALVES, recipe_of, write_checkpoint, write_recipe
 
@@ -31,7 +33,7 @@ def small_engine(monkeypatch):
 def contents(ledger: Ledger) -> tuple[object, ...]:
     """Everything that a ledger knows, with every bit of the floats."""
     bits = {key: list(map(bits_of, values)) for key, values in ledger.decisions.items()}
-    return dict(ledger.receipts), bits, dict(ledger.events)
+    return dict(ledger.receipts), bits, dict(ledger.handles), dict(ledger.events)
 
 
 def bits_of(value: float) -> bytes:
@@ -39,7 +41,7 @@ def bits_of(value: float) -> bytes:
 
 
 def reopened(path: Path) -> tuple[object, ...]:
-    ledger = Ledger(path, IDENTITY)
+    ledger = Ledger(LocalJournal(path), IDENTITY)
     ledger.close()
     return contents(ledger)
 
@@ -64,7 +66,10 @@ names = st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=3)
 steps = st.one_of(
     st.tuples(st.just("record"), st.lists(receipts, max_size=4), decisions),
     st.tuples(st.just("mark"), st.sampled_from(["clearing", "cleared"]), names),
-    st.tuples(st.just("forget_shards"), st.sets(st.integers(0, 3))),
+    st.tuples(st.just("forget"), st.sets(st.tuples(st.integers(0, 3), st.integers(0, 9)))),
+    st.tuples(
+        st.just("begin"), st.dictionaries(st.integers(0, 3), st.text(min_size=1)).map(dict.items)
+    ),
 )
 
 
@@ -72,23 +77,23 @@ steps = st.one_of(
 @given(st.lists(steps, max_size=6), st.integers(0, 6))
 def test_everything_survives_being_opened_again(tmp_path_factory, done, reopen):
     path = tmp_path_factory.mktemp("ledger") / LEDGER
-    ledger = Ledger(path, IDENTITY)
+    ledger = Ledger(LocalJournal(path), IDENTITY)
     for number, (name, *arguments) in enumerate(done):
         if number == reopen:
             ledger.close()
-            ledger = Ledger(path, IDENTITY)
+            ledger = Ledger(LocalJournal(path), IDENTITY)
         getattr(ledger, name)(*arguments)
     ledger.close()
     assert reopened(path) == contents(ledger)
 
 
 def test_forgotten_shards_stay_forgotten_and_can_be_written_again(tmp_path):
-    ledger = Ledger(tmp_path / LEDGER, IDENTITY)
+    ledger = Ledger(LocalJournal(tmp_path / LEDGER), IDENTITY)
     ledger.record([Receipt(shard, 0, 10, 1) for shard in range(3)])
-    ledger.forget_shards({0, 2})
+    ledger.forget({(0, 0), (2, 0), (3, 0)})
     ledger.record([Receipt(2, 0, 10, 7)])
     ledger.close()
-    again = Ledger(tmp_path / LEDGER, IDENTITY)
+    again = Ledger(LocalJournal(tmp_path / LEDGER), IDENTITY)
     again.close()
     assert again.receipts == {(1, 0): Receipt(1, 0, 10, 1), (2, 0): Receipt(2, 0, 10, 7)}
 
@@ -102,13 +107,13 @@ def test_a_ledger_is_new_until_something_was_done(tmp_path):
         )
     ):
         path = tmp_path / str(number)
-        ledger = Ledger(path, IDENTITY)
+        ledger = Ledger(LocalJournal(path), IDENTITY)
         ledger.record()
-        ledger.forget_shards({1})
+        ledger.forget({(1, 0)})
         assert ledger.is_new
         ledger.close()
         assert len(path.read_text().splitlines()) == 1
-        ledger = Ledger(path, IDENTITY)
+        ledger = Ledger(LocalJournal(path), IDENTITY)
         assert ledger.is_new
         act(ledger)
         assert not ledger.is_new
@@ -120,7 +125,7 @@ def test_a_ledger_is_new_until_something_was_done(tmp_path):
 
 def written(path: Path) -> list[tuple[object, ...]]:
     """Make a ledger; gives what it knew after each of its lines."""
-    ledger = Ledger(path, IDENTITY)
+    ledger = Ledger(LocalJournal(path), IDENTITY)
     known = [contents(ledger)]
     for act in (
         lambda: ledger.record([Receipt(0, 0, 10, 77, ((3, 1), (4, -1)))]),
@@ -143,10 +148,10 @@ def test_a_line_that_was_torn_anywhere_is_cut_off(tmp_path):
         whole = text[:position].count(b"\n")
         assert reopened(path) == known[max(0, whole - 1)], position
         # What is recorded next begins a line of its own.
-        ledger = Ledger(path, IDENTITY)
+        ledger = Ledger(LocalJournal(path), IDENTITY)
         ledger.record([Receipt(9, 9, 9, 9)])
         ledger.close()
-        assert (9, 9) in Ledger(path, IDENTITY).receipts, position
+        assert (9, 9) in Ledger(LocalJournal(path), IDENTITY).receipts, position
         assert path.read_bytes().startswith(text[: text[:position].rfind(b"\n") + 1])
 
 
@@ -162,7 +167,7 @@ def test_a_damaged_line_is_told(tmp_path, line, damage):
     lines[line] = damage
     path.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(LedgerMismatchError, match="damaged") as caught:
-        Ledger(path, IDENTITY)
+        Ledger(LocalJournal(path), IDENTITY)
     assert str(path) in str(caught.value) and "--fresh" in str(caught.value)
 
 
@@ -180,11 +185,11 @@ def test_a_damaged_line_is_told(tmp_path, line, damage):
 )
 def test_a_record_with_other_values_is_told(tmp_path, record):
     path = tmp_path / LEDGER
-    Ledger(path, IDENTITY).close()
+    Ledger(LocalJournal(path), IDENTITY).close()
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     with pytest.raises(LedgerMismatchError, match="damaged"):
-        Ledger(path, IDENTITY)
+        Ledger(LocalJournal(path), IDENTITY)
 
 
 def test_fingerprints_differ_with_everything_but_order():

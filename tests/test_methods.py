@@ -627,7 +627,7 @@ NINTH = """
 import sys
 from shardmerge import methods
 from shardmerge.methods.api import ORACLES
-from shardmerge.testing import agrees_with_its_oracle, check_method
+from shardmerge.testing.laws import agrees_with_its_oracle, check_method
 
 methods.__path__.append(sys.argv[1])  # as if the file were in the folder
 methods._scan()

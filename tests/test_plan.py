@@ -11,12 +11,13 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shardmerge import layout, plan
+from shardmerge import layout, memory, plan
 from shardmerge.errors import MemoryBudgetError, RecipeError
 from shardmerge.match import Outputs, match
+from shardmerge.memory import inputs_of
 from shardmerge.methods.api import Kind, Over, info_of, levels_of
 from shardmerge.numerics import DType
-from shardmerge.plan import MeasureTask, MergeTask, Plan, inputs_of, make_plan
+from shardmerge.plan import MeasureTask, MergeTask, Plan, make_plan
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.sources.tensor import Checkpoint, Segment, TensorRef
 from tests import support
@@ -97,8 +98,8 @@ def outputs_of(recipe: Recipe, specs: Specs, *, shards: int = 1) -> Outputs:
 
 
 def least_bytes(outputs: Outputs) -> int:
-    sizes = [plan.tile_bytes(tensor, plan.CANONICAL_BLOCK) for tensor in outputs.tensors]
-    return plan.FOOTPRINT_BYTES + max(sizes)
+    sizes = [memory.tile_bytes(tensor, plan.CANONICAL_BLOCK) for tensor in outputs.tensors]
+    return memory.FOOTPRINT_BYTES + max(sizes)
 
 
 def planned(recipe: Recipe, outputs: Outputs, memory_bytes: int, cpus: int = 1) -> Plan:
@@ -188,7 +189,7 @@ def check_measures(made: Plan) -> None:
         expected = {
             (tensor, start, min(start + plan.MEASURE_ELEMENTS, numel))
             for tensor in made.scopes[scope].tensors
-            for numel in [plan.tensor_numel(made.tensors[tensor])]
+            for numel in [memory.tensor_numel(made.tensors[tensor])]
             for start in range(0, max(1, numel), plan.MEASURE_ELEMENTS)
         }
         assert sorted(pieces) == sorted(expected)
@@ -221,7 +222,7 @@ def measures_behind(made: Plan, scope: str, step: str) -> set[str]:
 
 def check_memory(made: Plan, cpus: int) -> None:
     assert 1 <= made.workers <= 2 * cpus and made.kernels == cpus
-    assert plan.FOOTPRINT_BYTES + made.workers * made.worker_bytes <= made.memory_bytes
+    assert memory.FOOTPRINT_BYTES + made.workers * made.worker_bytes <= made.memory_bytes
     assert all(task.memory_bytes <= made.worker_bytes for task in made.tasks)
     assert made.peak_bytes <= made.memory_bytes
 
@@ -282,7 +283,7 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_is_enough(case):
         planned(recipe, outputs, (int(found[1]) - 1) * MIB, cpus)
     assert any(tensor.name in message for tensor in outputs.tensors)
     assert f"the budget is {(least - 1) / MIB:,.1f} MiB" in message
-    assert f"{plan.FOOTPRINT_BYTES / MIB:,.1f} MiB" in message
+    assert f"{memory.FOOTPRINT_BYTES / MIB:,.1f} MiB" in message
 
 
 @small

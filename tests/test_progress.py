@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import pytest
 
+from shardmerge.outputs.api import Receipt
 from shardmerge.plan import MeasureTask, MergeTask, Task
 from shardmerge.progress import JsonLines, Meter, Quiet, Text, counted, duration, size
-from shardmerge.shards import Receipt
 from shardmerge.work import Done
 
 MIB = 2**20
@@ -226,7 +226,9 @@ def test_the_width_is_the_terminals_own() -> None:
         text = Text(stream, clock)
         run(text, clock, step_s=1.0)
         text.close()
-        shown = os.read(ours, 65_536).decode()
+        shown = ""
+        while not shown.endswith("\n"):  # a terminal hands over its lines piece by piece
+            shown += os.read(ours, 65_536).decode()
     os.close(ours)
     drawn = shown.rstrip("\r\n").split(DRAW)[1:]
     assert len(drawn) == 10

@@ -8,132 +8,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-import numpy as np
+import fsspec
 import pytest
 
 from shardmerge.errors import StoreError
-from shardmerge.stores import LocalStore, Store, open_store
-
-# --- the suite; it moves to shardmerge.testing unchanged ------------------------------------------
-
-
-class StoreRoot(Protocol):
-    """An empty folder of a store, which the suite can fill by other means than the store."""
-
-    url: str
-
-    def put(self, name: str, data: bytes) -> None:
-        """Create or replace ``name``, which may be ``folder/name``."""
-
-    def remove(self, name: str) -> None:
-        """Remove the object ``name``."""
-
-
-class StoreSuite:
-    """The promises of ``stores.api``. A subclass gives the fixtures ``store`` and ``root``."""
-
-    def test_a_range_fills_the_whole_buffer(self, store: Store, root: StoreRoot) -> None:
-        data = bytes(range(256)) * 40
-        root.put("x", data)
-        url = store.join(root.url, "x")
-        for offset, count in ((0, len(data)), (0, 1), (1, 255), (len(data) - 1, 1), (4095, 4098)):
-            buffer = bytearray(b"\xaa" * (count + 2))
-            store.read_into(url, offset, memoryview(buffer)[1:-1])
-            assert buffer[1:-1] == data[offset : offset + count]
-            assert buffer[:1] + buffer[-1:] == b"\xaa\xaa"
-
-    def test_a_buffer_of_any_element_type_is_filled(self, store: Store, root: StoreRoot) -> None:
-        numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
-        root.put("x", numbers.tobytes())
-        buffer = np.zeros((3, 4), np.float32)
-        store.read_into(store.join(root.url, "x"), 0, memoryview(buffer))
-        assert (buffer == numbers).all()
-
-    def test_no_bytes_are_no_read(self, store: Store, root: StoreRoot) -> None:
-        root.put("x", b"ab")
-        url = store.join(root.url, "x")
-        store.read_into(url, 2, memoryview(b""))
-        store.read_into(url, 0, memoryview(np.empty((0, 3), np.float32)))
-
-    def test_fewer_bytes_than_asked_for_are_an_error(self, store: Store, root: StoreRoot) -> None:
-        root.put("short", b"abc")
-        root.put("empty", b"")
-        for name, offset, count in (("short", 0, 4), ("short", 3, 1), ("short", 9, 1)):
-            with pytest.raises(StoreError, match=name):
-                store.read_into(store.join(root.url, name), offset, memoryview(bytearray(count)))
-        with pytest.raises(StoreError, match="empty"):
-            store.read_into(store.join(root.url, "empty"), 0, memoryview(bytearray(1)))
-
-    def test_what_is_not_there_is_a_store_error(self, store: Store, root: StoreRoot) -> None:
-        root.put("folder/x", b"a")
-        for name in ("gone", "gone/too", "folder"):
-            url = store.join(root.url, name)
-            assert store.stat(url) is None
-            with pytest.raises(StoreError, match=name):
-                store.read_into(url, 0, memoryview(bytearray(1)))
-            with pytest.raises(StoreError, match=name):
-                store.read(url)
-        with pytest.raises(StoreError, match="gone"):
-            store.names(store.join(root.url, "gone"))
-
-    def test_names_are_in_name_order_with_folders_marked(
-        self, store: Store, root: StoreRoot
-    ) -> None:
-        for name in ("b", "a.txt", "a/inner/x", "é 日", "Z", "a b%20c#d?e", ".hidden"):
-            root.put(name, b"1")
-        expected = sorted(["b", "a.txt", "a", "é 日", "Z", "a b%20c#d?e", ".hidden"])
-        found = store.names(root.url)
-        assert [name.rstrip("/") for name in found] == expected
-        assert [name for name in found if name.endswith("/")] == ["a/"]
-        assert store.names(store.join(root.url, "a")) == ["inner/"]
-        for name in found:
-            if not name.endswith("/"):
-                assert store.read(store.join(root.url, name)) == b"1"
-
-    def test_folders_are_told_from_objects(self, store: Store, root: StoreRoot) -> None:
-        root.put("folder/x", b"a")
-        assert store.is_folder(root.url)
-        assert store.is_folder(store.join(root.url, "folder"))
-        assert not store.is_folder(store.join(root.url, "folder/x"))
-        assert not store.is_folder(store.join(root.url, "gone"))
-
-    def test_the_version_changes_with_the_content(self, store: Store, root: StoreRoot) -> None:
-        url = store.join(root.url, "x")
-        versions = set()
-        for data in (b"1", b"2", b"33", b""):
-            root.put("x", data)
-            found = store.stat(url)
-            assert found is not None
-            assert found.size == len(data)
-            assert store.stat(url) == found
-            versions.add(found.version)
-            # A read after a stat never sees an older object than the stat did.
-            assert store.read(url) == data
-            buffer = bytearray(len(data))
-            store.read_into(url, 0, memoryview(buffer))
-            assert buffer == data
-        assert len(versions) == 4
-        root.remove("x")
-        assert store.stat(url) is None
-        with pytest.raises(StoreError):
-            store.read_into(url, 0, memoryview(bytearray(1)))
-
-    def test_many_threads_read_at_once(self, store: Store, root: StoreRoot) -> None:
-        contents = {f"shard-{number}": os.urandom(5000 + number) for number in range(12)}
-        for name, data in contents.items():
-            root.put(name, data)
-
-        def read(step: int) -> bool:
-            name = f"shard-{step * 7 % 12}"
-            buffer = bytearray(3000)
-            store.read_into(store.join(root.url, name), step, memoryview(buffer))
-            return buffer == contents[name][step : step + 3000]
-
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(read, range(400)))
-
+from shardmerge.stores import Range, Stores
+from shardmerge.stores.local import LocalStore
+from shardmerge.testing.stores import StoreSuite
 
 # --- the local store ------------------------------------------------------------------------------
 
@@ -208,7 +91,7 @@ def test_more_threads_than_open_files_wait_and_none_is_closed_under_a_reader(tmp
 
     def read(step):
         buffer = bytearray(50)
-        store.read_into(str(tmp_path / str(step % 6)), 20, memoryview(buffer))
+        store.read_ranges([Range(str(tmp_path / str(step % 6)), 20, memoryview(buffer))])
         return buffer == bytes([step % 6]) * 50
 
     with ThreadPoolExecutor(8) as pool:
@@ -220,7 +103,7 @@ def test_a_failed_open_frees_its_place(tmp_path):
     store = LocalStore(max_open=1)
     for _ in range(3):
         with pytest.raises(StoreError, match="No such file"):
-            store.read_into(str(tmp_path / "gone"), 0, memoryview(bytearray(1)))
+            store.read_ranges([Range(str(tmp_path / "gone"), 0, memoryview(bytearray(1)))])
     (tmp_path / "x").write_bytes(b"x")
     assert store.read(str(tmp_path / "x")) == b"x"
 
@@ -237,9 +120,9 @@ def test_a_failed_read_names_the_place_and_opens_the_file_again(tmp_path, monkey
 
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(StoreError, match=r"x: cannot be read at byte 1: Stale file handle\. Check"):
-        store.read_into(url, 1, memoryview(bytearray(1)))
+        store.read_ranges([Range(url, 1, memoryview(bytearray(1)))])
     monkeypatch.setattr(os, "preadv", real_preadv)
-    store.read_into(url, 1, memoryview(bytearray(1)))
+    store.read_ranges([Range(url, 1, memoryview(bytearray(1)))])
     assert len(opened) == 2
 
 
@@ -261,7 +144,7 @@ def test_a_path_that_cannot_be_is_a_store_error(url):
     for call in (
         store.names,
         store.read,
-        lambda u: store.read_into(u, 0, memoryview(bytearray(1))),
+        lambda u: store.read_ranges([Range(u, 0, memoryview(bytearray(1)))]),
     ):
         with pytest.raises(StoreError):
             call(url)
@@ -271,7 +154,7 @@ def test_an_offset_that_cannot_be_is_a_store_error(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     for offset in (-1, 2**63 - 1, 2**64):
         with pytest.raises(StoreError):
-            LocalStore().read_into(str(tmp_path / "x"), offset, memoryview(bytearray(1)))
+            LocalStore().read_ranges([Range(str(tmp_path / "x"), offset, memoryview(bytearray(1)))])
 
 
 def test_other_than_ordinary_files_are_not_there(tmp_path):
@@ -303,25 +186,70 @@ def test_a_store_can_be_sent_to_a_process(tmp_path):
     assert pickle.loads(pickle.dumps(LocalStore())).read(str(tmp_path / "x")) == b"1"
 
 
-def test_a_forked_process_has_a_store_of_its_own(tmp_path):
-    (tmp_path / "x").write_bytes(b"1")
-    url = str(tmp_path / "x")
-    store = open_store(url)
-    with store._files._changed:  # as if another thread were opening a file just now
-        child = os.fork()
-        if child == 0:
-            try:
-                os._exit(0 if open_store(url).read(url) == b"1" else 1)
-            finally:
-                os._exit(2)
-        assert os.waitpid(child, 0)[1] == 0
+def test_stores_know_what_a_scheme_is(tmp_path):
+    stores = Stores()
+    assert isinstance(stores.open(str(tmp_path)), LocalStore)
+    assert stores.open("relative/path") is stores.open(tmp_path.as_uri())
+    with pytest.raises(StoreError, match="no such kind of place is known"):
+        stores.open("nowhere://bucket/key")
 
 
-def test_open_store_knows_local_paths_and_says_what_it_does_not_know(tmp_path):
-    assert isinstance(open_store(str(tmp_path)), LocalStore)
-    assert open_store("relative/path") is open_store(tmp_path.as_uri())
-    for url in ("s3://bucket/key", "hf://org/name", "https://host/x"):
-        scheme = url.split(":")[0]
-        with pytest.raises(StoreError, match=f"{scheme}:// is not supported yet") as caught:
-            open_store(url)
-        assert "Download the checkpoint" in str(caught.value)
+# --- other stores ---------------------------------------------------------------------------------
+
+
+@dataclass
+class S3Root:
+    url: str
+    client: Any
+
+    def _key(self, name: str) -> dict[str, str]:
+        bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
+        return {"Bucket": bucket, "Key": f"{prefix}/{name}"}
+
+    def put(self, name: str, data: bytes) -> None:
+        self.client.put_object(**self._key(name), Body=data)
+
+    def remove(self, name: str) -> None:
+        self.client.delete_object(**self._key(name))
+
+
+class TestS3Store(StoreSuite):
+    @pytest.fixture
+    def store(self, bucket):
+        return Stores().open(bucket)
+
+    @pytest.fixture
+    def root(self, bucket, swift):
+        return S3Root(f"{bucket}/a folder %41 é", swift.client())
+
+
+@dataclass
+class MemoryRoot:
+    url: str
+
+    def put(self, name: str, data: bytes) -> None:
+        fsspec.filesystem("memory").pipe_file(f"{self.url.partition('://')[2]}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        fsspec.filesystem("memory").rm_file(f"{self.url.partition('://')[2]}/{name}")
+
+
+class TestPortableStore(StoreSuite):
+    @pytest.fixture
+    def store(self):
+        return Stores().open("memory://")
+
+    @pytest.fixture
+    def root(self):
+        yield MemoryRoot("memory://root")
+        fsspec.filesystem("memory").store.clear()
+
+
+def test_a_listing_of_several_pages_is_read_to_its_end(bucket, swift):
+    root = S3Root(f"{bucket}/folder", swift.client())
+    for number in range(5):
+        root.put(f"x{number}", b"1")
+    pages = list(Stores().open(bucket).bucket(bucket).pages("list_objects_v2", MaxKeys=2))
+    keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+    assert keys == [f"folder/x{number}" for number in range(5)]
+    assert len(pages) == 3

@@ -6,26 +6,25 @@ import queue
 import threading
 from types import TracebackType
 
-from shardmerge.kernels.trace import Kernels
+from shardmerge.errors import Stopped
+from shardmerge.outputs.api import ShardWriter
 from shardmerge.plan import Plan, Task
-from shardmerge.shards import ShardWriter
-from shardmerge.work import Decided, Done, Stopping, Worker
+from shardmerge.stores import Stores
+from shardmerge.work import Decided, Done, Shared, Stopping, Worker
 
 
 class LocalExecutor:
     """Worker threads with memory of their own; at most ``plan.kernels`` compute at a time."""
 
-    def __init__(self, plan: Plan, writer: ShardWriter) -> None:
+    def __init__(self, plan: Plan, writer: ShardWriter, stores: Stores) -> None:
         self.slots = plan.workers + 1
         self._tasks: queue.SimpleQueue[tuple[Task, Decided] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
-        self._stopping = threading.Event()
-        permits = threading.Semaphore(plan.kernels)
-        kernels = Kernels()
+        self._shared = Shared.of(plan, stores)
         self._threads = [
             threading.Thread(
                 target=self._work,
-                args=(Worker(plan, writer, kernels, permits, self._stopping),),
+                args=(Worker(self._shared, writer),),
                 name=f"worker-{number}",
                 daemon=True,
             )
@@ -36,11 +35,11 @@ class LocalExecutor:
 
     def _work(self, worker: Worker) -> None:
         while (item := self._tasks.get()) is not None:
-            if self._stopping.is_set():
+            if self._shared.stopping.is_set():
                 continue
             try:
                 self._done.put(worker.run(*item))
-            except Stopping:
+            except (Stopping, Stopped):
                 continue
             except BaseException as problem:  # handed to the driver, which raises it
                 self._done.put(problem)
@@ -61,11 +60,14 @@ class LocalExecutor:
 
     def stop(self) -> None:
         """Make running tasks end early and wait for them."""
-        self._stopping.set()
+        self._shared.stopping.set()
+        waiting = self._shared.stores.patience.ending
+        waiting.set()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
+        waiting.clear()
 
     def __enter__(self) -> LocalExecutor:
         return self

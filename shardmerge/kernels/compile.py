@@ -6,6 +6,7 @@ histograms count keys. All run without the interpreter lock and touch only the b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import threading
@@ -34,7 +35,7 @@ OUTPUT_BIT = 63
 
 _OUTPUT = -1  # in the place of an input's number
 
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 _F64 = ir.DoubleType()
 _POINTER = _I8.as_pointer()
 _SIGNATURE = ir.FunctionType(
@@ -318,36 +319,65 @@ def compile_histograms(histograms: Histograms, dtypes: Sequence[DType]) -> Kerne
     loop, inputs = _Loop(results, dtypes), inputs_of(results)
     b = loop.b
     output = b.bitcast(loop.output, _I32.as_pointer())
+    spilled = b.alloca(ir.VectorType(_I32, LANES))
+    lanes = b.bitcast(spilled, _I32.as_pointer())
 
     def count(key: ir.Value, offset: int) -> None:
         place = b.add(b.zext(key, _I64), ir.Constant(_I64, offset))
         place = b.gep(output, [place])
         b.store(b.add(b.load(place), ir.Constant(_I32, 1)), place)
 
-    def count_where(emit: Emitter, key: ir.Value, condition: ir.Value, offset: int) -> None:
-        if emit.lanes == 1:
-            with b.if_then(condition, likely=False):
-                count(key, offset)
-            return
-        bits = b.bitcast(condition, ir.IntType(LANES))
-        # Most vectors hold nothing to count: one test instead of one per lane.
-        with b.if_then(b.icmp_unsigned("!=", bits, ir.Constant(ir.IntType(LANES), 0))):
-            for lane in range(LANES):
-                position = ir.Constant(_I32, lane)
-                with b.if_then(b.extract_element(condition, position), likely=False):
-                    count(b.extract_element(key, position), offset)
+    def count_all(keys: ir.Value, offset: int) -> None:
+        _spill(b, keys, spilled)
+        for lane in range(LANES):
+            count(b.load(b.gep(lanes, [ir.Constant(_I32, lane)])), offset)
+
+    def count_some(keys: ir.Value, condition: ir.Value, offset: int) -> None:
+        """Mostly none of a vector is counted: one test, then one step for each that is."""
+        bits = b.bitcast(condition, _I32)
+        with b.if_then(_some(b, bits), likely=False):
+            _spill(b, keys, spilled)
+            before, step = b.block, b.append_basic_block("step")
+            after = b.append_basic_block("counted")
+            b.branch(step)
+            b.position_at_end(step)
+            left = b.phi(_I32)
+            left.add_incoming(bits, before)
+            lane = b.cttz(left, ir.Constant(_I1, 1))
+            count(b.load(b.gep(lanes, [lane])), offset)
+            rest = b.and_(left, b.sub(left, ir.Constant(_I32, 1)))
+            left.add_incoming(rest, b.block)
+            b.cbranch(_some(b, rest), step, after)
+            b.position_at_end(after)
 
     def body(emit: Emitter, _: ir.Value) -> None:
         for number, (key, condition) in enumerate(zip(histograms.keys, only, strict=True)):
             keys, offset = emit.emit(key), number * HISTOGRAM_BINS
-            if condition is not None:
-                count_where(emit, keys, emit.emit(condition), offset)
-            elif emit.lanes == 1:
-                count(keys, offset)
+            where = None if condition is None else emit.emit(condition)
+            if emit.lanes == 1:
+                with contextlib.nullcontext() if where is None else b.if_then(where):
+                    count(keys, offset)
+            elif where is None:
+                count_all(keys, offset)
             else:
-                for lane in range(LANES):
-                    count(b.extract_element(keys, ir.Constant(_I32, lane)), offset)
+                count_some(keys, where, offset)
 
     loop.elements(ir.Constant(_I64, 0), loop.count, body)
     b.ret(ir.Constant(_I64, 0))
     return loop.compiled(Form.HISTOGRAMS, len(histograms.keys), inputs)
+
+
+def _some(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    return b.icmp_unsigned("!=", bits, ir.Constant(_I32, 0))
+
+
+def _spill(b: ir.IRBuilder, keys: ir.Value, place: ir.Value) -> None:
+    """Write keys to memory, where the compiler has to read them again one by one.
+
+    Taken out of a vector register, some arrive before others, and processors begin an increment
+    before one of the same place that precedes it: all that follows is then done again. Measured on
+    AMD Zen 4: 6 ns per key, against 0.6 ns.
+    """
+    b.store(keys, place)
+    signature = ir.FunctionType(ir.VoidType(), [place.type])
+    b.call(ir.InlineAsm(signature, "", "r,~{memory}", side_effect=True), [place])

@@ -11,13 +11,14 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from shardmerge.errors import CheckpointError
 from shardmerge.header import Header, header_size, parse_header, parse_index
 from shardmerge.numerics import DType
 from shardmerge.sources.tensor import BlockScale, Checkpoint, Segment, TensorRef
-from shardmerge.stores.api import Stat, Store
+from shardmerge.stores.api import Range, Stat, Store, scheme_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,6 +29,7 @@ MAX_COPIED_BYTES = 64 << 20
 """Nothing beside the weights is larger; a bigger file is data that somebody left there."""
 
 _FIRST_READ_BYTES = 1 << 20  # most headers are shorter, so that one read per shard is enough
+_AT_A_TIME = 16
 
 
 def open_hf(url: str, store: Store) -> Checkpoint:
@@ -61,12 +63,12 @@ def read_header(url: str, store: Store) -> tuple[Header, Stat]:
             f"{url}: no such shard, or a link to a file that is gone. Download or copy it again."
         )
     data = bytearray(min(found.size, _FIRST_READ_BYTES))
-    store.read_into(url, 0, memoryview(data))
+    store.read_ranges([Range(url, 0, memoryview(data), found.version)])
     size = header_size(data, found.size, url)
     first = len(data)
     if size > first:
         data.extend(bytes(size - first))
-        store.read_into(url, first, memoryview(data)[first:])
+        store.read_ranges([Range(url, first, memoryview(data)[first:], found.version)])
     return parse_header(data, found.size, url), found
 
 
@@ -74,7 +76,7 @@ def _open_file(url: str, store: Store) -> Checkpoint:
     folder, _, name = url.rpartition("/")
     place = store.join(folder or ("/" if url.startswith("/") else "."), name)
     header, found = read_header(place, store)
-    tensors = _decode(dict(_references(header, place)), None, url)
+    tensors = _decode(dict(_references(header, place, found.version)), None, url)
     return Checkpoint(
         url=url,
         tensors=tensors,
@@ -99,10 +101,14 @@ def _open_folder(url: str, store: Store) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     shard_of: dict[str, int] = {}
     twice: list[str] = []
-    for number, shard in enumerate(shards):
-        header, found = read_header(store.join(url, shard), store)
+    places = [store.join(url, shard) for shard in shards]
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        headers = list(pool.map(lambda place: read_header(place, store), places))
+    for number, (shard, place, (header, found)) in enumerate(
+        zip(shards, places, headers, strict=True)
+    ):
         versions[shard] = found.version
-        for name, tensor in _references(header, store.join(url, shard)):
+        for name, tensor in _references(header, place, found.version):
             if name in tensors:
                 twice.append(f"{name!r} ({shards[shard_of[name]]}, {shard})")
             tensors[name] = tensor
@@ -124,9 +130,9 @@ def _open_folder(url: str, store: Store) -> Checkpoint:
     )
 
 
-def _references(header: Header, url: str) -> Iterator[tuple[str, TensorRef]]:
+def _references(header: Header, url: str, version: str) -> Iterator[tuple[str, TensorRef]]:
     for name, tensor in header.tensors.items():
-        segment = Segment(url, tensor.offset, tensor.nbytes)
+        segment = Segment(url, tensor.offset, tensor.nbytes, version)
         yield name, TensorRef(name, tensor.dtype, tensor.shape, (segment,))
 
 
@@ -289,6 +295,9 @@ def few(names: Iterable[str], count: int = 3) -> str:
 
 
 def _not_found(url: str, store: Store) -> str:
+    if scheme_of(url) in ("http", "https"):  # nothing tells what is near it
+        inside = "" if url.endswith(SAFETENSORS) else f", no {INDEX} and no {SINGLE} in it"
+        return f"{url}: no such folder or file{inside}. Check the address."
     folder, _, name = url.rstrip("/").rpartition("/")
     parent = folder or ("/" if url.startswith("/") else ".")
     if store.is_folder(parent):
@@ -299,11 +308,6 @@ def _not_found(url: str, store: Store) -> str:
         where = "here" if parent == "." else f"in {parent}"
         return f"{url}: no such folder or file {where}. Check the path."
     message = f"{url}: no such folder or file; {parent} does not exist either. Check the path."
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", url):
-        message += (
-            "\n  If it is a repository on the Hugging Face Hub, download it first:"
-            f" `hf download {url} --local-dir FOLDER`, and give FOLDER."
-        )
     return message
 
 
@@ -485,7 +489,9 @@ def _beside(
             ignored.append(folder)  # such as another format's folder, or a training checkpoint
         else:
             files += [folder + name for name in inner if _is_copied(name)]
-    small = [name for name in files if _is_small(store.stat(store.join(url, name)))]
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        sizes = pool.map(lambda name: store.stat(store.join(url, name)), files)
+        small = [name for name, found in zip(files, sizes, strict=True) if _is_small(found)]
     return tuple(sorted(small)), tuple(sorted(ignored))
 
 

@@ -10,15 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.numerics import DType
+from shardmerge.stores.api import Range
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """``nbytes`` bytes from ``offset`` of the object at ``url``: consecutive elements."""
+    """``nbytes`` bytes from ``offset`` of the object at ``url``: consecutive elements.
+
+    ``version`` is the object's when its header was read; bytes of another one are refused.
+    """
 
     url: str
     offset: int
     nbytes: int
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,19 @@ def ranges(tensor: TensorRef, start: int, stop: int) -> list[Segment]:
     for segment in tensor.segments:
         first, last = max(lo, position), min(hi, position + segment.nbytes)
         if first < last:
-            found.append(Segment(segment.url, segment.offset + first - position, last - first))
+            offset = segment.offset + first - position
+            found.append(Segment(segment.url, offset, last - first, segment.version))
         position += segment.nbytes
+    return found
+
+
+def reads(tensor: TensorRef, start: int, stop: int, into: memoryview) -> list[Range]:
+    """What to read so that ``into`` holds the stored bytes of elements ``[start, stop)``. Pure."""
+    found, position = [], 0
+    for part in ranges(tensor, start, stop):
+        view = into[position : position + part.nbytes]
+        found.append(Range(part.url, part.offset, view, part.version))
+        position += part.nbytes
     return found
 
 
@@ -81,7 +97,7 @@ class Checkpoint:
     """A checkpoint as a map from names to tensors; none of their bytes are in memory.
 
     Args:
-        url: as the recipe names it (a local folder or file, later other schemes).
+        url: a folder or file, pinned to a commit where the place has commits.
         tensors: by name, in the order of the shards and of the bytes in them.
         shard_of: for each tensor, the number of its shard, from 0, in the order of ``shards``.
         shards: file names of the shards, in name order.

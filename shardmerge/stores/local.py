@@ -6,14 +6,14 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from shardmerge.errors import StoreError
-from shardmerge.stores.api import Stat
+from shardmerge.stores.api import Range, Stat, changed
 
 MAX_OPEN = 128
 """Files kept open: five models of 160 shards each would come near the usual limit of 1,024."""
@@ -78,33 +78,39 @@ class LocalStore:
             return url + ("" if url.endswith("/") else "/") + quote(name)
         return str(Path(_path(url)).absolute() / name)
 
-    def read_into(self, url: str, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes from ``offset`` on.
+    def read_ranges(self, ranges: Sequence[Range]) -> None:
+        """Fill every buffer.
 
         Raises:
-            StoreError: for a file that ends before the buffer is full, and for a failure.
+            StoreError: for a file that ends before a buffer is full, and for a failure.
+            SourceChangedError: for a file of another version.
         """
-        if buffer.nbytes == 0:  # also because such a view cannot be cast
-            return
-        if offset < 0:  # preadv takes -1 for the current position
-            raise StoreError(f"{url}: no byte {offset:,}: an offset is at least 0.")
-        view, done = buffer.cast("B"), 0
-        path = _path(url)
+        for item in ranges:
+            if item.into.nbytes:  # an empty view cannot be cast
+                self._read(item, item.into.cast("B"))
+
+    def _read(self, item: Range, view: memoryview) -> None:
+        if item.offset < 0:  # preadv takes -1 for the current position
+            raise StoreError(f"{item.url}: no byte {item.offset:,}: an offset is at least 0.")
+        path, done = _path(item.url), 0
         try:
             with self._files.opened(path) as file:
+                if item.version not in (None, file.version):
+                    raise changed(item.url)
                 while done < len(view):
-                    count = os.preadv(file, [view[done:]], offset + done)
+                    count = os.preadv(file.descriptor, [view[done:]], item.offset + done)
                     if count == 0:
                         break
                     done += count
         except (OSError, ValueError, OverflowError) as problem:
             self._files.forget(path)  # a stale handle of a network mount heals by opening it again
-            at = f"cannot be read at byte {offset + done:,}"
-            raise StoreError(_failed(url, at, problem)) from problem
+            at = f"cannot be read at byte {item.offset + done:,}"
+            raise StoreError(_failed(item.url, at, problem)) from problem
         if done < len(view):
             raise StoreError(
-                f"{url}: wanted {len(view):,} bytes from byte {offset:,} on, but it ends after "
-                f"{done:,} of them.\n  It is cut off, or became shorter. Copy or download it again."
+                f"{item.url}: wanted {len(view):,} bytes from byte {item.offset:,} on, but it ends "
+                f"after {done:,} of them.\n"
+                "  It is cut off, or became shorter. Copy or download it again."
             )
 
     def read(self, url: str) -> bytes:
@@ -113,7 +119,7 @@ class LocalStore:
         if found is None:
             raise StoreError(f"{url}: no such file. Check the path.")
         data = bytearray(found.size)
-        self.read_into(url, 0, memoryview(data))
+        self.read_ranges([Range(url, 0, memoryview(data), found.version)])
         return bytes(data)
 
     def close(self) -> None:
@@ -140,10 +146,10 @@ class _OpenFiles:
         )
 
     @contextmanager
-    def opened(self, path: str) -> Iterator[int]:
+    def opened(self, path: str) -> Iterator[_OpenFile]:
         file = self._take(path)
         try:
-            yield file.descriptor
+            yield file
         finally:
             with self._changed:
                 file.readers -= 1

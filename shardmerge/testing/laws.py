@@ -1,9 +1,7 @@
-"""Suites that every plug-in must pass, shipped so that a new one has them for free.
+"""Laws of merge methods: ``check_method("ties")``, or one by one in ``METHOD_LAWS``.
 
-    check_method("ties")        laws of merge methods: one by one in ``METHOD_LAWS``
-
-They need hypothesis, which is imported only when a suite runs. A failure names the law, and prints
-the case that broke it: parameters, dtypes, shape, kind of numbers and seed make it again.
+They need hypothesis, which is imported only when a law is checked. A failure names the law, and
+prints the case that broke it: parameters, dtypes, shape, kind of numbers and seed make it again.
 """
 
 from __future__ import annotations

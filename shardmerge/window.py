@@ -1,0 +1,121 @@
+"""The inputs of one output tensor in memory: what is there, what has to be read, where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shardmerge.decode import decode_blocks, scale_bytes, scale_range
+from shardmerge.memory import value_dtype
+from shardmerge.sources.tensor import TensorRef, reads
+from shardmerge.stores.api import Range
+
+
+class Arena:
+    """One block of memory that a worker takes all its buffers from; pages are used when touched."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._bytes = np.empty(nbytes, dtype=np.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Give back every buffer."""
+        self._used = 0
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """A buffer, aligned for vectors."""
+        start = -(-self._used // 64) * 64
+        if start + nbytes > len(self._bytes):
+            raise AssertionError(f"a task asked for {start + nbytes} of {len(self._bytes)} bytes")
+        self._used = start + nbytes
+        return self._bytes[start : start + nbytes]
+
+
+class _Held:
+    """One input of a window: its buffers, and which elements are in them."""
+
+    def __init__(self, ref: TensorRef, arena: Arena, room: int, tile: int) -> None:
+        self.ref = ref
+        self.itemsize = value_dtype(ref).itemsize
+        self.values = arena.take(room * self.itemsize)
+        self.start = self.stop = 0
+        self._raw = self._scales = self.values[:0]
+        if ref.dtype.is_fp8:
+            self._raw = arena.take(tile)
+            self._scales = arena.take(scale_bytes(ref, tile))
+
+    def wanted(self, start: int, stop: int, at: int) -> list[Range]:
+        """What to read for elements ``[start, stop)``, which go to place ``at``."""
+        if not self.ref.dtype.is_fp8:
+            return reads(self.ref, start, stop, self._values(at, stop - start).data)
+        found = reads(self.ref, start, stop, self._raw.data)
+        if self.ref.decode is not None:
+            first, last = scale_range(self.ref, start, stop)
+            found += reads(self.ref.decode.scale, first, last, self._scales.data)
+        return found
+
+    def arrived(self, start: int, stop: int, at: int) -> None:
+        """Turn what was read into values, where that has to be done."""
+        if self.ref.dtype.is_fp8:
+            values = self._values(at, stop - start).view(np.float32)
+            decode_blocks(self.ref, start, self._raw[: stop - start], self._scales, values)
+
+    def _values(self, at: int, count: int) -> npt.NDArray[np.uint8]:
+        return self.values[at * self.itemsize : (at + count) * self.itemsize]
+
+
+class Window:
+    """The inputs of one output tensor in memory: a tile of each, or all of it (resident)."""
+
+    def __init__(
+        self, refs: Sequence[TensorRef], arena: Arena, *, tile: int, resident: bool, numel: int
+    ) -> None:
+        self._resident = resident
+        tile = min(tile, numel)
+        self._inputs = [_Held(ref, arena, numel if resident else tile, tile) for ref in refs]
+
+    def missing(self, start: int, stop: int, which: Sequence[int]) -> list[Missing]:
+        """What these inputs lack of elements ``[start, stop)``, at most a tile."""
+        found = []
+        for number in which:
+            held = self._inputs[number]
+            if self._resident:
+                if held.stop < stop:
+                    found.append(Missing(held, held.stop, stop, held.stop))
+            elif not held.start <= start <= stop <= held.stop:
+                found.append(Missing(held, start, stop, 0))
+        return found
+
+    def addresses(self, start: int) -> list[int]:
+        """Where element ``start`` of every input is; of those that are there."""
+        return [
+            held.values.ctypes.data + (start - held.start) * held.itemsize for held in self._inputs
+        ]
+
+    def view(self, number: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The bytes of elements ``[start, stop)`` of an input."""
+        held = self._inputs[number]
+        first, last = start - held.start, stop - held.start
+        return held.values[first * held.itemsize : last * held.itemsize]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Elements ``[start, stop)`` of one input, to be read to place ``at`` of its buffer."""
+
+    held: _Held
+    start: int
+    stop: int
+    at: int
+
+    def ranges(self) -> list[Range]:
+        """What to read."""
+        return self.held.wanted(self.start, self.stop, self.at)
+
+    def arrived(self) -> None:
+        """It was read."""
+        self.held.arrived(self.start, self.stop, self.at)
+        self.held.start, self.held.stop = self.start - self.at, self.stop

@@ -1,0 +1,44 @@
+"""Real S3 servers for the tests that ask for one; each is started once in a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers.api import S3Server
+from tests.servers.rgw import Rgw
+from tests.servers.swift import Swift
+
+REQUIRED = frozenset(os.environ.get("SHARDMERGE_REQUIRE", "").split(","))
+"""Components whose tests must not be skipped: a comma-separated list of fixtures' names."""
+
+
+def running(
+    component: str, kind: type[Swift] | type[Rgw], folders: pytest.TempPathFactory
+) -> Iterator[S3Server]:
+    if reason := kind.missing():
+        if component in REQUIRED:
+            pytest.fail(f"{reason} (SHARDMERGE_REQUIRE has {component})")
+        pytest.skip(reason)
+    with kind.start(folders.mktemp(component)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    yield from running("swift", Swift, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    yield from running("rgw", Rgw, tmp_path_factory)
+
+
+@pytest.fixture
+def bucket(swift: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a new bucket; the environment says where it is and who may use it."""
+    for name, value in swift.env().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{swift.make_bucket()}"
