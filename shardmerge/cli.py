@@ -157,6 +157,12 @@ def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
     _places(diff)
     diff.add_argument("--json", action="store_true", help="as JSON lines")
 
+    report = commands.add_parser("report", help="say where the time of a merge went")
+    report.set_defaults(run=_report)
+    report.add_argument("checkpoint", help="folder that it was published at")
+    _places(report)
+    report.add_argument("--json", action="store_true", help="as one JSON object")
+
     clean = commands.add_parser("clean", help="remove what an abandoned run has left")
     clean.set_defaults(run=_clean)
     clean.add_argument("out", help="where it was to publish")
@@ -361,6 +367,14 @@ def _diff(options: argparse.Namespace) -> int:
             print(json.dumps(dataclasses.asdict(found)))
         else:
             print(found.line())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from shardmerge.report import read_records, report_of, report_text
+
+    report = report_of(read_records(options.checkpoint, Stores(_settings(options))))
+    print(json.dumps(dataclasses.asdict(report)) if options.json else report_text(report))
     return 0
 
 

@@ -6,7 +6,7 @@ import contextlib
 import heapq
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +17,7 @@ from shardmerge.ledger import Ledger
 from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.outputs.api import Receipt, ShardWriter
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task, scope_key
+from shardmerge.records import TaskRecord, record_of
 from shardmerge.summaries import Summary, Summing, settle
 from shardmerge.work import Done
 
@@ -86,14 +87,16 @@ class _Committer:
         self._writer = writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._receipts: list[Receipt] = []
+        self._tasks: list[TaskRecord] = []
         self._decisions: dict[str, Decision] = {}
         self._bytes = 0
         self._last = time.monotonic()
         self._running: Future[None] | None = None
 
-    def add(self, receipts: tuple[Receipt, ...]) -> None:
-        """Receipts of parts that are written, not yet durable."""
+    def add(self, receipts: tuple[Receipt, ...], task: TaskRecord) -> None:
+        """A task ended: receipts of parts that are written, not yet durable."""
         self._receipts += receipts
+        self._tasks.append(task)
         self._bytes += sum(receipt.nbytes for receipt in receipts)
 
     def decide(self, key: str, decision: Decision) -> None:
@@ -111,13 +114,19 @@ class _Committer:
             self._running.result()
         receipts, self._receipts = self._receipts, []
         decisions, self._decisions = self._decisions, {}
+        tasks, self._tasks = self._tasks, []
         self._bytes, self._last = 0, time.monotonic()
-        self._running = self._thread.submit(self._commit, receipts, decisions)
+        self._running = self._thread.submit(self._commit, receipts, decisions, tasks)
 
-    def _commit(self, receipts: list[Receipt], decisions: Mapping[str, Decision]) -> None:
+    def _commit(
+        self,
+        receipts: Sequence[Receipt],
+        decisions: Mapping[str, Decision],
+        tasks: Sequence[TaskRecord],
+    ) -> None:
         # Parts end before their receipts are made, so this covers every byte that these prove.
         self._writer.sync({receipt.shard for receipt in receipts})
-        self._ledger.record(receipts, decisions)
+        self._ledger.record(receipts, decisions, tasks)
 
     def __enter__(self) -> _Committer:
         return self
@@ -199,7 +208,7 @@ class _Drive:
 
     def _submit(self, executor: Executor) -> None:
         """Keep every worker busy."""
-        while self._ready and self._flying < executor.slots:
+        while self._ready and executor.has_room():
             task = self._tasks[heapq.heappop(self._ready)]
             executor.submit(task, {key: self._decided[key] for key in task.needs})
             self._flying += 1
@@ -230,7 +239,7 @@ class _Drive:
     def _finish(self, done: Done) -> None:
         self._flying -= 1
         task = self._tasks[done.task]
-        self._committer.add(done.receipts)
+        self._committer.add(done.receipts, record_of(self._plan, done))
         self._progress.task(done, task)
         if isinstance(task, MeasureTask) and done.partial is not None:
             measuring = self._measuring[task.scope][task.step]

@@ -1,11 +1,13 @@
 """Which parts are written and what was decided: durable, append-only, bound to one plan.
 
 A journal holds one JSON value per line: first what the output depends on, then handles of
-unfinished shards, receipts, decisions and how far publishing came. A line is never changed.
+unfinished shards, receipts, decisions, what became of each task, and how far publishing came. A
+line is never changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from shardmerge.errors import LedgerMismatchError
 from shardmerge.methods.api import Decision
 from shardmerge.outputs.api import Journal, PartKey, Receipt
+from shardmerge.records import TaskRecord
 
 
 def fingerprint(identity: Mapping[str, str]) -> str:
@@ -28,6 +31,7 @@ class Ledger:
     Attributes:
         receipts: of the parts that are written.
         decisions: by key.
+        tasks: what became of those that ended, in that order; some ended more than once.
         handles: of unfinished shards, by number.
         events: how far publishing came, and the files that each event is about.
     """
@@ -36,6 +40,7 @@ class Ledger:
         self._journal = journal
         self.receipts: dict[PartKey, Receipt] = {}
         self.decisions: dict[str, Decision] = {}
+        self.tasks: list[TaskRecord] = []
         self.handles: dict[int, str] = {}
         self.events: dict[str, tuple[str, ...]] = {}
         try:
@@ -76,6 +81,8 @@ class Ledger:
                 self.receipts[shard, number] = Receipt(shard, number, n, crc, tag, pairs)
             case {"decision": str(key), "values": list(values)}:
                 self.decisions[key] = tuple(float(value) for value in values)
+            case {"ran": dict(values)}:
+                self.tasks.append(TaskRecord(**values))
             case {"shard": int(shard), "handle": str(handle)}:
                 self.handles[shard] = handle
             case {"event": str(event), **rest}:
@@ -103,9 +110,12 @@ class Ledger:
         )
 
     def record(
-        self, receipts: Sequence[Receipt] = (), decisions: Mapping[str, Decision] | None = None
+        self,
+        receipts: Sequence[Receipt] = (),
+        decisions: Mapping[str, Decision] | None = None,
+        tasks: Sequence[TaskRecord] = (),
     ) -> None:
-        """Write receipts of parts that are durable themselves, and decisions."""
+        """Write receipts of parts that are durable themselves, decisions, and tasks that ended."""
         records: list[Mapping[str, object]] = []
         for receipt in receipts:
             record: dict[str, object] = {
@@ -120,10 +130,12 @@ class Ledger:
             records.append(record)
         for key, values in (decisions or {}).items():
             records.append({"decision": key, "values": list(values)})
+        records += [{"ran": dataclasses.asdict(task)} for task in tasks]
         if records:
             self._append(records)
         self.receipts.update({item.key: item for item in receipts})
         self.decisions.update(decisions or {})
+        self.tasks += tasks
 
     def mark(self, event: str, names: Sequence[str] = ()) -> None:
         """Record how far publishing came, and which files that is about."""

@@ -28,6 +28,7 @@ from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
+from shardmerge.records import TASKS, to_parquet
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
@@ -260,7 +261,7 @@ def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
 def _names_of_files(plan: Plan, sources: Sources) -> list[str]:
     """Names of every file of the checkpoint that is not a shard or the index."""
     donor, tokenizer = _donors(plan, sources)
-    return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE]
+    return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE, TASKS]
 
 
 def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
@@ -284,6 +285,7 @@ def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
         non_finite=len(_non_finite(ledger)),
         notes=(*plan.recipe.notes, *plan.outputs.notes),
     )
+    files[TASKS] = to_parquet(ledger.tasks)  # after the provenance: it differs with every run
     return files
 
 

@@ -17,6 +17,7 @@ from shardmerge.layout import SINGLE_SHARD, Shard
 from shardmerge.ledger import Ledger
 from shardmerge.numerics import crc32_combine
 from shardmerge.outputs.api import Output, PartKey, Receipt
+from shardmerge.records import TASKS
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
@@ -163,7 +164,7 @@ def _belonging(output: Output) -> set[str]:
     if _TEMPLATES in names:
         names |= {_TEMPLATES + name for name in output.names(_TEMPLATES)}
     read = set(filter(_READ_WITH_WEIGHTS.fullmatch, names))
-    return weights | read | {"config.json", "README.md", RECIPE, PROVENANCE}
+    return weights | read | {"config.json", "README.md", RECIPE, PROVENANCE, TASKS}
 
 
 def _rank(name: str) -> int:

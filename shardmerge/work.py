@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -36,6 +40,7 @@ from shardmerge.window import Arena, Missing, Window
 Decided = Mapping[str, Decision]
 """Decisions by the ledger's keys."""
 
+_NODE = socket.gethostname()
 _MOST_COUNTS = 2**31
 """Elements after which u32 counts are added to the int64 ones, long before they could overflow."""
 
@@ -50,10 +55,32 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Ran:
+    """Where and when a task ran.
+
+    Args:
+        node: name of the machine.
+        process: its number there.
+        attempt: 1, or more where the task was begun before and did not end.
+        began: seconds since 1970.
+        ended: likewise.
+        peak_bytes: anonymous memory of the process while the task had all its buffers.
+    """
+
+    node: str
+    process: int
+    attempt: int
+    began: float
+    ended: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """What a task gives back: receipts of parts, or a partial summary."""
 
     task: int
+    ran: Ran
     receipts: tuple[Receipt, ...] = ()
     partial: Partial | None = None
     read_bytes: int = 0
@@ -83,6 +110,7 @@ class Context:
     arena: Arena
     seconds: Seconds = field(default_factory=Seconds)
     read_bytes: int = 0
+    peak_bytes: int = 0
 
     def fetch(self, missing: Sequence[Missing]) -> None:
         """Read what is missing, all of it together."""
@@ -139,18 +167,27 @@ class Worker:
         )
         self._writer = writer
 
-    def run(self, task: Task, decided: Decided) -> Done:
+    def run(self, task: Task, decided: Decided, *, attempt: int = 1) -> Done:
         """Do a task."""
-        self._context.seconds = Seconds()
-        self._context.read_bytes = 0
+        began = time.time()
+        context = self._context
+        context.seconds = Seconds()
+        context.read_bytes = context.peak_bytes = 0
         if isinstance(task, MeasureTask):
             partial = self._measure(task, decided)
             receipts = []
         else:
             partial = None
             receipts = self._merge(task, decided)
-        context = self._context
-        return Done(task.number, tuple(receipts), partial, context.read_bytes, context.seconds)
+        ran = Ran(_NODE, os.getpid(), attempt, began, time.time(), context.peak_bytes)
+        return Done(
+            task=task.number,
+            ran=ran,
+            receipts=tuple(receipts),
+            partial=partial,
+            read_bytes=context.read_bytes,
+            seconds=context.seconds,
+        )
 
     def _measure(self, task: MeasureTask, decided: Decided) -> Partial:
         method = self._context.plan.scopes[task.scope].method
@@ -162,6 +199,7 @@ class Worker:
                 partials[0] += partial  # counts are large, and there may be many pieces
             else:
                 partials.append(partial)
+        self._context.peak_bytes = anonymous_bytes()
         return cast(Partial, np.concatenate(partials)) if len(partials) > 1 else partials[0]
 
     def _merge(self, task: MergeTask, decided: Decided) -> list[Receipt]:
@@ -178,6 +216,7 @@ class Worker:
                 pieces = pieces[1:]
             for piece, last in self._runs(pieces, None, decided, resident=task.resident):
                 found |= last.merge(piece, sink)
+            self._context.peak_bytes = max(self._context.peak_bytes, anonymous_bytes())
             began = time.perf_counter()
             receipts.append(sink.finish(sorted(found)))
             self._context.seconds.write += time.perf_counter() - began
@@ -389,6 +428,12 @@ class _TensorRun:
         return self._context.kernels.get(
             self._tensor.method, step, kernel_inputs(self._tensor), self._decisions, output
         )
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind, now."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 def _random_keys(tensor: OutputTensor, seed: int) -> npt.NDArray[np.uint32]:

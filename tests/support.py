@@ -27,6 +27,7 @@ from shardmerge.outputs.api import STAGING
 from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.plan import Plan
 from shardmerge.progress import Quiet
+from shardmerge.records import TASKS, TaskRecord
 
 if TYPE_CHECKING:
     import pytest
@@ -41,6 +42,28 @@ Raw = npt.NDArray[np.generic]
 
 BLOCK = 64
 """Elements of a canonical block in a shrunk engine."""
+RAN = work.Ran(node="here", process=1, attempt=1, began=0.0, ended=1.0, peak_bytes=2**20)
+"""Of a task that only a test has run."""
+RECORD = TaskRecord(
+    task=0,
+    step="merge",
+    tensor="t",
+    tensors=1,
+    shard=SINGLE,
+    read_bytes=3,
+    write_bytes=1,
+    read_s=1.0,
+    kernel_s=2.0,
+    write_s=3.0,
+    wall_s=7.0,
+    began=100.0,
+    peak_bytes=5,
+    promised_bytes=6,
+    node="here",
+    process=1,
+    attempt=1,
+)
+"""Of such a task."""
 PLENTY_BYTES = 2**30
 """Memory in which every tiny tensor is resident."""
 
@@ -182,9 +205,9 @@ def write_recipe(path: Path, recipe: Mapping[str, object]) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """The content of every file in a folder, by its path there."""
+    """The content of every file in a folder, by its path there; of the tasks' times, none."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): b"" if path.name == TASKS else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -21,6 +21,7 @@ from shardmerge.cli import main
 from shardmerge.methods.api import Base
 from shardmerge.numerics import DType
 from shardmerge.progress import size
+from shardmerge.records import TASKS
 from tests.support import (
     HALVES,
     SEVERAL_DTYPES,
@@ -296,7 +297,7 @@ def test_overwriting_replaces_a_checkpoint_and_nothing_else(
         Path("out", name).write_text("mine")
     run(capsys, "merge", recipe(LINEAR), "out", "--quiet", "--overwrite")
     found = set(tree(Path("out")))
-    ours = {SINGLE, "config.json", "README.md", "shardmerge.json", "shardmerge_recipe.yml"}
+    ours = {SINGLE, "config.json", "README.md", "shardmerge.json", "shardmerge_recipe.yml", TASKS}
     assert found == {*kept, *ours}
     assert all(Path("out", name).read_text() == "mine" for name in kept)
 

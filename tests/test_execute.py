@@ -36,7 +36,7 @@ from shardmerge.stores import Range, Stores
 from shardmerge.stores.local import LocalStore
 from shardmerge.work import Decided, Done
 from tests import support
-from tests.support import HALVES, recipe_of, write_checkpoint, write_recipe
+from tests.support import HALVES, RAN, recipe_of, write_checkpoint, write_recipe
 from tests.test_plan import WAYS, least_bytes, outputs_of, planned
 from tests.test_plan import recipe_of as recipe_on_paper
 
@@ -124,7 +124,7 @@ class ExecutorSuite:
         with self.start(self.plan(tmp_path, models), writer) as executor:
             assert executor.next_done(0) is None
             assert executor.next_done(0.01) is None
-            assert executor.slots >= 1
+            assert executor.has_room()
 
     def test_after_stop_nothing_is_started(self, tmp_path, models, writer):
         plan = self.plan(tmp_path, models)
@@ -162,7 +162,7 @@ def collect(
     flying, until = 0, time.monotonic() + _SAFE_S
     while left or flying:
         assert time.monotonic() < until, "a task that was submitted never ended"
-        while left and flying < executor.slots:
+        while left and executor.has_room():
             executor.submit(left.pop(0), {})
             flying += 1
         try:
@@ -314,9 +314,12 @@ class Paper:
         self._plan, self._choose, self._left = plan, choose, fail_at
         self._running: list[Task] = []
 
+    def has_room(self) -> bool:
+        return len(self._running) < self.slots
+
     def submit(self, task: Task, decided: Decided) -> None:
         assert not self.stopped, "a task after stop"
-        assert len(self._running) < self.slots
+        assert self.has_room()
         assert set(decided) == set(task.needs)
         for key, values in decided.items():
             assert self.decided.setdefault(key, values) == values
@@ -345,14 +348,14 @@ class Paper:
                 Receipt(part.shard, part.number, part.nbytes, int(rng.integers(2**32)))
                 for part in task.parts
             )
-            return Done(task.number, tuple(receipts))
+            return Done(task.number, RAN, tuple(receipts))
         method = self._plan.scopes[task.scope].method
         if task.step in ("coarse", "fine"):
             counts = rng.integers(0, 3, (len(method.weight), HISTOGRAM_BINS))
             self.counts.append(weakref.ref(counts))
-            return Done(task.number, (), counts)
+            return Done(task.number, RAN, (), counts)
         width = {"products": 3, "magnitudes": 4, "squares": 2, "signs": 1}[task.step]
-        return Done(task.number, (), rng.random((3 * len(task.pieces), width)))
+        return Done(task.number, RAN, (), rng.random((3 * len(task.pieces), width)))
 
 
 class PaperWriter:
@@ -548,11 +551,11 @@ def test_receipts_enter_the_ledger_only_after_a_sync(tmp_path, monkeypatch, comm
     monkeypatch.setattr(writer, "sync", synced.append)
     real = ledger.record
 
-    def record(receipts, decisions):
+    def record(receipts, decisions, tasks):
         assert len(synced) == len(groups) + 1
         assert synced[-1] == {receipt.shard for receipt in receipts}
         groups.append(len(receipts))
-        real(receipts, decisions)
+        real(receipts, decisions, tasks)
 
     monkeypatch.setattr(ledger, "record", record)
     drive(plan, Paper(plan), ledger, writer=writer)
@@ -618,8 +621,8 @@ def test_a_part_that_ends_after_a_sync_is_synced_again(tmp_path, monkeypatch):
         part = writer.part(shards[0].parts[0])
         part.write(shards[0].header)
         with execute_module._Committer(ledger, writer) as committer:
-            committer._commit([Receipt(0, 7, 0, 0)], {})
+            committer._commit([Receipt(0, 7, 0, 0)], {}, [])
             part.write(bytes(32))
             calls.append("written")
-            committer.add((part.finish([]),))
+            committer.add((part.finish([]),), support.RECORD)
     assert calls == ["sync", "written", "sync"]

@@ -19,6 +19,7 @@ from shardmerge.outputs.api import Receipt
 from shardmerge.plan import MeasureTask, MergeTask, Task
 from shardmerge.progress import JsonLines, Meter, Quiet, Text, counted, duration, size
 from shardmerge.work import Done
+from tests.support import RAN
 
 MIB = 2**20
 DRAW = "\r\x1b[K"
@@ -50,7 +51,7 @@ def merge_task(number: int, read: int, write: int) -> MergeTask:
 
 def done(task: Task) -> Done:
     receipts = (Receipt(0, task.number, task.write_bytes, 0),) if task.write_bytes else ()
-    return Done(task.number, receipts, None, task.read_bytes)
+    return Done(task.number, RAN, receipts, None, task.read_bytes)
 
 
 def begin(meter: Meter, *, tasks: int = 10, tasks_done: int = 0, each: int = MIB) -> None:

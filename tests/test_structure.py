@@ -35,10 +35,12 @@ ORDER = [
     ["outputs"],
     ["memory", "assets"],
     ["plan"],
-    ["ledger", "window"],
+    ["window"],
     ["work"],
+    ["records"],
+    ["ledger"],
     ["executors.api", "executors.local", "publish", "progress"],
-    ["execute", "describe", "staging"],
+    ["execute", "describe", "staging", "report"],
     ["merge"],
     ["cli"],
     ["__main__", "testing.*"],
@@ -54,6 +56,7 @@ ONLY_IN = {
     "botocore": {"stores.s3"},
     "fsspec": {"stores.portable"},
     "huggingface_hub": {"stores.hub"},
+    "pyarrow": {"records"},
 }
 
 

@@ -19,8 +19,8 @@ from shardmerge.work import Decided, Done
 class Executor(Protocol):
     """A place to run tasks."""
 
-    slots: int
-    """Tasks to keep submitted so that every worker is busy."""
+    def has_room(self) -> bool:
+        """Whether one more task keeps a worker busy; more would only wait in line."""
 
     def submit(self, task: Task, decided: Decided) -> None:
         """Run ``task`` with the decisions that it needs."""

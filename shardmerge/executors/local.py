@@ -17,7 +17,8 @@ class LocalExecutor:
     """Worker threads with memory of their own; at most ``plan.kernels`` compute at a time."""
 
     def __init__(self, plan: Plan, writer: ShardWriter, stores: Stores) -> None:
-        self.slots = plan.workers + 1
+        self._most = plan.workers + 1  # one task waits, so that no worker does
+        self._flying = 0
         self._tasks: queue.SimpleQueue[tuple[Task, Decided] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
         self._shared = Shared.of(plan, stores)
@@ -44,8 +45,13 @@ class LocalExecutor:
             except BaseException as problem:  # handed to the driver, which raises it
                 self._done.put(problem)
 
+    def has_room(self) -> bool:
+        """Whether one more task keeps a worker busy."""
+        return self._flying < self._most
+
     def submit(self, task: Task, decided: Decided) -> None:
         """Run ``task`` with the decisions that it needs."""
+        self._flying += 1
         self._tasks.put((task, decided))
 
     def next_done(self, timeout_s: float) -> Done | None:
@@ -54,6 +60,7 @@ class LocalExecutor:
             done = self._done.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        self._flying -= 1
         if isinstance(done, BaseException):
             raise done
         return done

@@ -1,0 +1,114 @@
+"""What became of each task, one row each: kept in the ledger, published as a Parquet file."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardmerge.plan import MeasureTask, Plan
+from shardmerge.work import Done
+
+TASKS = "shardmerge_tasks.parquet"
+"""Name of the file in the published checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One task that ended.
+
+    Args:
+        task: its number in the plan.
+        step: name of the measuring pass, or ``merge``.
+        tensor: the first that it works on.
+        tensors: how many there are.
+        shard: that it writes to; empty for a measure.
+        read_bytes: that it read.
+        write_bytes: that it wrote.
+        read_s: seconds of reading; ``kernel_s`` of computing, ``write_s`` of writing.
+        wall_s: seconds from begin to end; what the others leave is waiting for its turn.
+        began: seconds since 1970.
+        peak_bytes: anonymous memory of its process while it had all its buffers.
+        promised_bytes: the most that the plan allows that process.
+        node: name of the machine.
+        process: its number there.
+        attempt: 1, or more where it was begun before and did not end.
+    """
+
+    task: int
+    step: str
+    tensor: str
+    tensors: int
+    shard: str
+    read_bytes: int
+    write_bytes: int
+    read_s: float
+    kernel_s: float
+    write_s: float
+    wall_s: float
+    began: float
+    peak_bytes: int
+    promised_bytes: int
+    node: str
+    process: int
+    attempt: int
+
+
+def record_of(plan: Plan, done: Done) -> TaskRecord:
+    """The row of a task that ended."""
+    task = plan.tasks[done.task]
+    if isinstance(task, MeasureTask):
+        step, shard = task.step, ""
+        tensors = [piece.tensor for piece in task.pieces]
+    else:
+        step, shard = "merge", plan.shards[task.parts[0].shard].name
+        tensors = [piece.tensor for part in task.parts for piece in part.pieces]
+    return TaskRecord(
+        task=done.task,
+        step=step,
+        tensor=plan.tensors[tensors[0]].name if tensors else "",
+        tensors=len(set(tensors)),
+        shard=shard,
+        read_bytes=done.read_bytes,
+        write_bytes=sum(receipt.nbytes for receipt in done.receipts),
+        read_s=done.seconds.read,
+        kernel_s=done.seconds.kernel,
+        write_s=done.seconds.write,
+        wall_s=done.ran.ended - done.ran.began,
+        began=done.ran.began,
+        peak_bytes=done.ran.peak_bytes,
+        promised_bytes=plan.peak_bytes,
+        node=done.ran.node,
+        process=done.ran.process,
+        attempt=done.ran.attempt,
+    )
+
+
+def to_parquet(records: Sequence[TaskRecord]) -> bytes:
+    """A Parquet file of all rows, in the order of the tasks."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = sorted(map(dataclasses.asdict, records), key=lambda row: (row["task"], row["began"]))
+    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+    fields = [(item.name, kinds[str(item.type)]) for item in dataclasses.fields(TaskRecord)]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), file, compression="zstd")
+    return file.getvalue()
+
+
+def from_parquet(content: bytes) -> list[TaskRecord]:
+    """The rows of such a file.
+
+    Raises:
+        ValueError: for one that is no such file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(io.BytesIO(content)).to_pylist()
+        return [TaskRecord(**row) for row in rows]
+    except (pa.ArrowException, OSError, TypeError) as problem:
+        raise ValueError(str(problem)) from problem
