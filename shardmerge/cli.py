@@ -22,6 +22,7 @@ from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
 from shardmerge.stores import Settings, Stores
 from shardmerge.stores.settings import parse_s3
 
+EXECUTORS = ("local", "ray")
 EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
 
 
@@ -116,7 +117,11 @@ def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
     merge.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
     _resources(merge)
     _places(merge)
-    merge.add_argument("--executor", choices=["local"], default="local", help="where tasks run")
+    merge.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT (default: one is started here)",
+    )
     merge.add_argument(
         "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
     )
@@ -182,11 +187,14 @@ def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 def _resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--executor", choices=EXECUTORS, default="local", help="where tasks run (default local)"
+    )
+    parser.add_argument(
         "--memory",
         type=_bytes,
         default=_bytes("4GiB"),
         metavar="SIZE",
-        help="most anonymous memory of the process (default 4GiB)",
+        help="most anonymous memory of the process, or of each worker of a cluster (default 4GiB)",
     )
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="kernels at a time (default: every CPU)"
@@ -245,12 +253,14 @@ def _merge(options: argparse.Namespace) -> int:
     from shardmerge.merge import merge
 
     display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
-    with _stoppable(tell=not options.json) as stop:
+    # What a library prints goes to stderr too: stdout is for results.
+    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
         try:
             published = merge(
                 options.recipe,
                 options.out,
                 executor=options.executor,
+                address=options.address,
                 memory_bytes=options.memory,
                 threads=options.threads,
                 overwrite=options.overwrite,
@@ -283,7 +293,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
-    """An event that Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    """An event that Ctrl-C (or SIGTERM, SIGUSR1) sets; a second one stops at once."""
     stop = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -297,7 +307,7 @@ def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is a batch system's
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
@@ -313,6 +323,7 @@ def _plan(options: argparse.Namespace) -> int:
     ready = prepare(
         options.recipe,
         options.out,
+        executor=options.executor,
         memory_bytes=options.memory,
         threads=options.threads,
         settings=_settings(options),

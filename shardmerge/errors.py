@@ -13,6 +13,7 @@
     ├── OutputError              exit 1   the output place cannot be used
     │   ├── LockedError          exit 1   another run is writing there
     │   └── LedgerMismatchError  exit 1   the unfinished run there is another's
+    ├── ClusterError             exit 1   a cluster cannot do the work, or has failed at it
     ├── VerifyError              exit 1   a published checkpoint is not what its provenance says
     └── Stopped                  exit 3   stopped by the user; the same command goes on from here
 
@@ -84,6 +85,10 @@ class LockedError(OutputError):
 
 class LedgerMismatchError(OutputError):
     """An unfinished run of another recipe, or of changed sources."""
+
+
+class ClusterError(ShardmergeError):
+    """A cluster that cannot do the work, or that failed at it too often."""
 
 
 class VerifyError(ShardmergeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,16 +13,13 @@ from pathlib import Path
 import llvmlite
 import yaml
 
-from shardmerge import __version__, assets
+from shardmerge import __version__, assets, executors
 from shardmerge.errors import NonFiniteError, SourceChangedError
 from shardmerge.execute import Progress, execute
-from shardmerge.executors.api import Executor
-from shardmerge.executors.local import LocalExecutor
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.match import match
 from shardmerge.memory import inputs_of
 from shardmerge.outputs import Output, open_output
-from shardmerge.outputs.api import ShardWriter
 from shardmerge.plan import Plan, make_plan
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
@@ -40,9 +37,6 @@ _AT_A_TIME = 16
 
 Sources = Mapping[ModelName, Checkpoint]
 
-EXECUTORS: Mapping[str, Callable[[Plan, ShardWriter, Stores], Executor]] = {"local": LocalExecutor}
-"""Places to run, by their name on the command line."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -59,6 +53,7 @@ def merge(
     out: str,
     *,
     executor: str = "local",
+    address: str | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     threads: int | None = None,
     overwrite: bool = False,
@@ -72,7 +67,9 @@ def merge(
     Args:
         recipe: a recipe, or the path of one.
         out: folder of the new checkpoint, or ``s3://bucket/folder``.
-        memory_bytes: the most anonymous memory the process may use.
+        executor: where tasks run: ``local`` or ``ray``.
+        address: of the cluster; None for one that is started here and ends with the run.
+        memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
         threads: kernels that may run at a time; None: one per CPU that the process may use.
         overwrite: replace another checkpoint at ``out``, once the new one is complete.
         fresh: forget an unfinished run at ``out``.
@@ -83,7 +80,13 @@ def merge(
     """
     stop = stop or threading.Event()
     ready = prepare(
-        recipe, out, memory_bytes=memory_bytes, threads=threads, settings=settings, stop=stop
+        recipe,
+        out,
+        executor=executor,
+        memory_bytes=memory_bytes,
+        threads=threads,
+        settings=settings,
+        stop=stop,
     )
     plan, sources, output, stores = ready.plan, ready.sources, ready.output, ready.stores
     refuse_sources(output, sources)
@@ -99,7 +102,7 @@ def merge(
         ledger, writer = stack.enter_context(
             staging(output, plan, files, overwrite=overwrite, fresh=fresh)
         )
-        with EXECUTORS[executor](plan, writer, stores) as workers:
+        with executors.start(executor, plan, writer, stores, output, address=address) as workers:
             execute(
                 plan,
                 workers,
@@ -120,6 +123,7 @@ def prepare(
     recipe: Recipe | str,
     out: str,
     *,
+    executor: str = "local",
     memory_bytes: int,
     threads: int | None,
     settings: Settings | None = None,
@@ -134,12 +138,14 @@ def prepare(
     outputs = match(recipe, sources)
     outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
     assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
+    alone = executor in executors.ALONE
     plan = make_plan(
         recipe,
         outputs,
         out,
         memory_bytes=memory_bytes,
-        cpus=threads or available_cpus(),
+        cpus=1 if alone else threads or available_cpus(),
+        workers=1 if alone else None,
         identity=_identity(recipe, sources),
         part_bytes=output.part_bytes,
         buffers_parts=output.buffers_parts,

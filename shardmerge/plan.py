@@ -110,6 +110,8 @@ class Plan:
         kernels: that may run at a time.
         readers: workers that may read at a time: where reading and writing share a network, half of
             them, or all would read together, then write together.
+        networked: whether something is read or written over a network.
+        device: that kernels run on: ``cpu`` or ``cuda``.
         worker_bytes: memory that each worker may use for tiles.
         buffer_bytes: memory of each worker for the part that it writes.
         identity: what the output's bytes depend on, as texts; the ledger is bound to it.
@@ -124,6 +126,8 @@ class Plan:
     workers: int
     kernels: int
     readers: int
+    networked: bool
+    device: str
     worker_bytes: int
     buffer_bytes: int
     memory_bytes: int
@@ -170,6 +174,8 @@ def make_plan(
     identity: Mapping[str, str],
     part_bytes: int | None = None,
     buffers_parts: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """The plan of a merge.
 
@@ -178,6 +184,8 @@ def make_plan(
         cpus: kernels that may run at a time.
         part_bytes: of the output's parts, about; None: as usual.
         buffers_parts: whether a part is in memory until it is whole.
+        workers: of one process; None: as many as keep its CPUs busy.
+        device: that kernels run on.
     Raises:
         MemoryBudgetError: for a budget in which some task cannot be done.
         RecipeError: for parameters that must be the same over the model and are not.
@@ -189,7 +197,7 @@ def make_plan(
     parts = [part.nbytes for shard in shards for part in shard.parts]
     buffer_bytes = max(parts, default=0) if buffers_parts else 0
     networked = buffers_parts or any(map(is_far, tensors))
-    wanted = cpus * (REMOTE_WORKERS if networked else LOCAL_WORKERS)
+    wanted = workers or cpus * (REMOTE_WORKERS if networked else LOCAL_WORKERS)
     workers, worker_bytes = share_memory(tensors, memory_bytes, wanted, buffer_bytes)
     planner = _Planner(tensors, model_scope, scopes, worker_bytes, buffer_bytes)
     tasks = tuple(planner.tasks(shards))
@@ -203,6 +211,8 @@ def make_plan(
         workers=workers,
         kernels=cpus,
         readers=-(-workers // 2) if networked else workers,
+        networked=networked,
+        device=device,
         worker_bytes=worker_bytes,
         buffer_bytes=buffer_bytes,
         memory_bytes=memory_bytes,

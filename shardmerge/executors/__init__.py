@@ -1,1 +1,48 @@
-"""Places to run tasks: ``api`` says what an executor promises, each other file is one."""
+"""Places to run tasks: ``api`` says what an executor promises; ``start`` begins one.
+
+``local`` runs tasks on threads of this process, ``ray`` on the nodes of a cluster (``placement``
+decides which, ``node`` is what a process there does).
+"""
+
+from __future__ import annotations
+
+from shardmerge.errors import UsageError
+from shardmerge.executors.api import Executor
+from shardmerge.executors.local import LocalExecutor
+from shardmerge.outputs.api import Output, ShardWriter
+from shardmerge.plan import Plan
+from shardmerge.stores import Stores
+
+NAMES = ("local", "ray")
+"""What ``start`` knows, as on the command line."""
+ALONE = frozenset({"ray"})
+"""Those whose workers are processes of their own, so that the memory given is that of each."""
+
+
+def start(
+    name: str,
+    plan: Plan,
+    writer: ShardWriter,
+    stores: Stores,
+    output: Output,
+    *,
+    address: str | None = None,
+) -> Executor:
+    """A place that runs the tasks of a plan.
+
+    Args:
+        address: of a cluster; None for one that ends with the run.
+    Raises:
+        UsageError: for a name that is not known, or whose packages are not installed.
+    """
+    if name == "local":
+        return LocalExecutor(plan, writer, stores)
+    if name == "ray":
+        try:
+            from shardmerge.executors.ray import RayExecutor  # a second; most merges need none
+        except ModuleNotFoundError as problem:
+            raise UsageError(
+                f"--executor ray needs the package {problem.name}: pip install 'shardmerge[ray]'"
+            ) from problem
+        return RayExecutor(plan, writer, stores, output, address)
+    raise UsageError(f"no executor '{name}'; there are {', '.join(NAMES)}")

@@ -116,11 +116,13 @@ class Output(Protocol):
         url: of the folder.
         part_bytes: of the parts that are best written there, about; None: as usual.
         buffers_parts: whether a part is kept in memory until it is whole.
+        whole_shards: whether only one machine at a time may write to a shard.
     """
 
     url: str
     part_bytes: int | None
     buffers_parts: bool
+    whole_shards: bool
 
     # what readers see
 

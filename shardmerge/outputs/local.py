@@ -36,6 +36,9 @@ class LocalOutput:
 
     part_bytes: int | None = None
     buffers_parts = False
+    whole_shards = True
+    """On a shared file system, machines write whole pages, their neighbours' old bytes among them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.url = str(folder)

@@ -46,6 +46,7 @@ class S3Output:
 
     part_bytes: int | None = PART_BYTES
     buffers_parts = True
+    whole_shards = False
 
     def __init__(self, url: str, stores: Stores) -> None:
         self.url = url.rstrip("/")

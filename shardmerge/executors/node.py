@@ -1,0 +1,168 @@
+"""What a process of a cluster does: prove that it can work, then run units of tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+import numpy as np
+
+import shardmerge
+from shardmerge.errors import ShardmergeError
+from shardmerge.executors.placement import Unit
+from shardmerge.memory import inputs_of
+from shardmerge.outputs import open_output
+from shardmerge.outputs.api import STAGING, ShardWriter
+from shardmerge.plan import MergeTask, Plan
+from shardmerge.stores import Range, Stores
+from shardmerge.work import Done, Shared, Worker
+
+_AT_A_TIME = 16
+_TOLD = 3
+"""Problems of one node that are told; others are most often the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every process that works for a run needs to know; it is sent once.
+
+    Args:
+        run: a name that no other run has.
+        folder: that relative paths start from.
+    """
+
+    run: str
+    plan: Plan
+    stores: Stores
+    writer: ShardWriter
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A task that ended in an error."""
+
+    task: int
+    error: ShardmergeError
+
+
+# --- running units --------------------------------------------------------------------------------
+
+
+class Site:
+    """A process that works for one run; its threads share kernels and connections."""
+
+    def __init__(self, job: Job) -> None:
+        # Where it is missing, no relative path would mean anything; the examination tells it.
+        with contextlib.suppress(OSError):
+            os.chdir(job.folder)
+        self._job = job
+        self._shared = Shared.of(job.plan, job.stores)
+        self._own = threading.local()
+
+    def run(self, unit: Unit, attempt: int) -> list[Done | Failed]:
+        """Do the tasks of a unit. What they wrote is durable when this returns."""
+        plan = self._job.plan
+        ended: list[Done | Failed] = []
+        shards: set[int] = set()
+        for number, decided in unit.tasks:
+            task = plan.tasks[number]
+            try:
+                ended.append(self._worker().run(task, decided, attempt=attempt))
+            except ShardmergeError as error:
+                ended.append(Failed(number, error))
+            else:
+                if isinstance(task, MergeTask):
+                    shards |= {part.shard for part in task.parts}
+        try:
+            # Here: another machine cannot make durable what this one still has in its memory.
+            self._job.writer.sync(shards)
+        except ShardmergeError as error:
+            return [
+                Failed(done.task, error) if isinstance(done, Done) and done.receipts else done
+                for done in ended
+            ]
+        return ended
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._own, "worker"):
+            self._own.worker = Worker(self._shared, self._job.writer)
+        worker: Worker = self._own.worker
+        return worker
+
+
+# --- before any unit ------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """What must be the same in every process of a run."""
+    return {
+        "python": platform.python_version(),
+        "shardmerge": f"{shardmerge.__version__} ({_code()})",
+        "numpy": np.__version__,
+        "llvmlite": llvmlite.__version__,
+    }
+
+
+@cache
+def _code() -> str:
+    """A short text that differs with any line of this package."""
+    folder = Path(shardmerge.__file__).parent
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def mark_of(node: str) -> str:
+    """Name of the file by which a node shows that it reaches OUT."""
+    return f"{STAGING}/reached-{node}"
+
+
+def examine(job: Job, node: str) -> tuple[Mapping[str, str], Sequence[str]]:
+    """Versions of this process, and what keeps it from working for a run, in words."""
+    with contextlib.suppress(OSError):
+        os.chdir(job.folder)
+    return versions(), list(_problems(job, node))
+
+
+def _problems(job: Job, node: str) -> Iterator[str]:
+    try:
+        open_output(job.plan.out, job.stores).write(mark_of(node), b"")
+        job.writer.sync(range(min(1, len(job.plan.shards))))
+    except (ShardmergeError, OSError) as problem:
+        yield f"does not reach OUT: {problem}"
+
+    def unread(ref: Range) -> str:
+        try:
+            job.stores.read([ref])
+        except ShardmergeError as problem:
+            return f"cannot read a source: {problem}"
+        return ""
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        yield from list(filter(None, pool.map(unread, _first_bytes(job.plan))))[:_TOLD]
+
+
+def _first_bytes(plan: Plan) -> list[Range]:
+    """One byte of every file that the plan reads."""
+    files = {
+        (segment.url, segment.version): segment.offset
+        for tensor in plan.tensors
+        for ref in inputs_of(tensor)
+        for segment in ref.segments
+        if segment.nbytes
+    }
+    return [
+        Range(url, offset, memoryview(bytearray(1)), version)
+        for (url, version), offset in files.items()
+    ]
