@@ -26,10 +26,12 @@ venv: $(STAMPS)-base ## .venv/bin/shardmerge, without torch
 demo: $(STAMPS)-demo ## fine-tune, merge and score a real encoder (a few minutes)
 	$(BIN)/python -m benchmarks.demo
 
-# Swift comes from PyPI, Ceph from Debian: without apt its tests are skipped, and say so.
-servers: $(STAMPS)-test ## the real S3 servers that tests start
+# Swift comes from PyPI, Ceph and Slurm from Debian: without apt (and root, for Slurm) their tests
+# are skipped, and say so.
+servers: $(STAMPS)-test ## the real servers that tests start
 	@$(BIN)/python -m tests.servers.swift --install
 	@$(BIN)/python -m tests.servers.rgw --install || true
+	@$(BIN)/python -m tests.servers.slurm --install || true
 
 test: servers ## all tests
 	$(BIN)/python -m pytest -rs

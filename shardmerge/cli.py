@@ -15,14 +15,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from shardmerge import __version__, methods
-from shardmerge.errors import ShardmergeError, Stopped, VerifyError
+from shardmerge.errors import ShardmergeError, Stopped, UsageError, VerifyError
 from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
 from shardmerge.stores import Settings, Stores
 from shardmerge.stores.settings import parse_s3
 
-EXECUTORS = ("local", "ray")
+if TYPE_CHECKING:
+    from shardmerge.publish import Published
+
 EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
 
 
@@ -105,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_merge(commands)
     _add_plan(commands)
+    _add_slices(commands)
     _add_looking(commands)
     _add_methods(commands)
     return parser
@@ -140,6 +144,28 @@ def _add_plan(commands: _Commands[argparse.ArgumentParser]) -> None:
     _resources(plan)
     _places(plan)
     plan.add_argument("--json", action="store_true", help="as one JSON object")
+    plan.add_argument(
+        "--save", metavar="FILE", help="write what 'worker' and 'publish' go by (needs OUT)"
+    )
+
+
+def _add_slices(commands: _Commands[argparse.ArgumentParser]) -> None:
+    worker = commands.add_parser(
+        "worker", help="do a slice of a saved plan, as an array's element", epilog=EXIT_CODES
+    )
+    worker.set_defaults(run=_worker)
+    worker.add_argument("--plan", required=True, metavar="FILE", help="of 'plan --save'")
+    worker.add_argument(
+        "--slice", type=_slice, required=True, metavar="I/N", help="slice I (from 0) of N"
+    )
+    worker.add_argument("--json", action="store_true", help="as JSON lines")
+
+    publish = commands.add_parser(
+        "publish", help="publish what all slices of a saved plan have written", epilog=EXIT_CODES
+    )
+    publish.set_defaults(run=_publish)
+    publish.add_argument("--plan", required=True, metavar="FILE", help="of 'plan --save'")
+    publish.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -187,7 +213,10 @@ def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 def _resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--executor", choices=EXECUTORS, default="local", help="where tasks run (default local)"
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="where tasks run (default local)",
     )
     parser.add_argument(
         "--memory",
@@ -240,6 +269,13 @@ def _minutes(text: str) -> float:
     return float(text)
 
 
+def _slice(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no slice; of eight, they are 0/8 to 7/8")
+    return int(found[1]), int(found[2])
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"\d{1,4}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no count; write a number from 1 to 9999")
@@ -271,7 +307,11 @@ def _merge(options: argparse.Namespace) -> int:
             )
         finally:
             display.close()
-    if options.json:
+    return _tell_published(published, as_json=options.json)
+
+
+def _tell_published(published: Published, *, as_json: bool) -> int:
+    if as_json:
         print(json.dumps(dataclasses.asdict(published)))
         return 0
     for note in published.notes:
@@ -328,9 +368,42 @@ def _plan(options: argparse.Namespace) -> int:
         threads=options.threads,
         settings=_settings(options),
     )
+    if options.save:
+        from shardmerge.slices import save_order
+
+        if options.out == "OUT":
+            raise UsageError("--save needs the place of the new checkpoint: plan RECIPE OUT --save")
+        save_order(options.save, ready, options.recipe, options.threads)
     facts = describe_plan(ready.plan)
     print(json.dumps(facts) if options.json else plan_text(facts))
     return 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from shardmerge.slices import load_order, work_slice
+
+    index, count = options.slice
+    display: Display = JsonLines() if options.json else Text()
+    with _stoppable(tell=not options.json) as stop:
+        try:
+            done = work_slice(load_order(options.plan), index, count, progress=display, stop=stop)
+        finally:
+            display.close()
+    if options.json:
+        print(json.dumps(dataclasses.asdict(done)))
+    elif done.already:
+        print(f"slice {index}/{count}: the checkpoint is already published")
+    else:
+        print(f"slice {index}/{count}: {counted(done.parts, 'part')}, {size(done.nbytes)} written")
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from shardmerge.slices import load_order, publish_slices
+
+    with _stoppable(tell=not options.json) as stop:
+        published = publish_slices(load_order(options.plan), stop=stop)
+    return _tell_published(published, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ import contextlib
 import heapq
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +16,7 @@ from shardmerge.errors import Stopped
 from shardmerge.executors.api import Executor
 from shardmerge.ledger import Ledger
 from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
-from shardmerge.outputs.api import Receipt, ShardWriter
+from shardmerge.outputs.api import PartKey, Receipt, ShardWriter
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task, scope_key
 from shardmerge.records import TaskRecord, record_of
 from shardmerge.summaries import Summary, Summing, settle
@@ -26,6 +27,7 @@ COMMIT_BYTES = 512 * 2**20
 COMMIT_S = 5.0
 """Seconds after which they do so anyway."""
 _TICK_S = 0.2
+_STOPPED = "stopped; run the same command again to go on from here."
 
 
 class Progress(Protocol):
@@ -68,15 +70,41 @@ def execute(
     *,
     progress: Progress,
     stop: threading.Event,
+    parts: Set[PartKey] | None = None,
 ) -> None:
     """Run every task whose parts the ledger does not have.
 
+    Args:
+        parts: those that are wanted; None: all.
     Raises:
         Stopped: ``stop`` was set; everything that was written is in the ledger.
         ShardmergeError: of the first task that failed; likewise.
     """
     with _Committer(ledger, writer) as committer:
-        _Drive(plan, ledger, committer, progress).run(executor, stop)
+        _Drive(plan, ledger, committer, progress, parts).run(executor, stop)
+
+
+def measure(
+    tasks: Sequence[MeasureTask],
+    executor: Executor,
+    decided: Mapping[str, Decision],
+    *,
+    stop: threading.Event,
+) -> Summing:
+    """The sum of what measuring tasks give, whose decisions are all there."""
+    summing, left, flying = Summing(), deque(tasks), 0
+    while left or flying:
+        if stop.is_set():
+            raise Stopped(_STOPPED)
+        while left and executor.has_room():
+            task = left.popleft()
+            executor.submit(task, {key: decided[key] for key in task.needs})
+            flying += 1
+        done = executor.next_done(_TICK_S)
+        if done is not None and done.partial is not None:
+            summing.add(done.partial)
+            flying -= 1
+    return summing
 
 
 class _Committer:
@@ -144,9 +172,15 @@ class _Drive:
     """The state of one run: tasks that wait for decisions, passes that wait for tasks."""
 
     def __init__(
-        self, plan: Plan, ledger: Ledger, committer: _Committer, progress: Progress
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        committer: _Committer,
+        progress: Progress,
+        parts: Set[PartKey] | None,
     ) -> None:
         self._plan = plan
+        self._parts = parts
         self._committer = committer
         self._progress = progress
         self._decided: dict[str, Decision] = dict(ledger.decisions)
@@ -175,7 +209,17 @@ class _Drive:
         return [*reversed(measures), *merges]
 
     def _unfinished(self, task: MergeTask) -> bool:
-        return any((part.shard, part.number) not in self._receipts for part in task.parts)
+        keys = {(part.shard, part.number) for part in task.parts}
+        wanted = keys if self._parts is None else keys & self._parts
+        return bool(wanted - self._receipts.keys())
+
+    def _concerns(self, task: Task) -> bool:
+        """Whether a task is one of this run's, done or not."""
+        if self._parts is None or task.number in self._tasks:
+            return True
+        return isinstance(task, MergeTask) and not self._parts.isdisjoint(
+            (part.shard, part.number) for part in task.parts
+        )
 
     def _enter(self, task: Task) -> None:
         if isinstance(task, MeasureTask):
@@ -194,7 +238,7 @@ class _Drive:
         try:
             while self._ready or self._flying:
                 if stop.is_set():
-                    raise Stopped("stopped; run the same command again to go on from here.")
+                    raise Stopped(_STOPPED)
                 self._submit(executor)
                 done = executor.next_done(_TICK_S)
                 if done is not None:
@@ -214,7 +258,7 @@ class _Drive:
             self._flying += 1
 
     def _announce(self) -> None:
-        tasks = self._plan.tasks
+        tasks = [task for task in self._plan.tasks if self._concerns(task)]
         all_bytes = sum(task.read_bytes + task.write_bytes for task in tasks)
         left_bytes = sum(task.read_bytes + task.write_bytes for task in self._tasks.values())
         self._progress.start(
@@ -222,8 +266,12 @@ class _Drive:
             tasks_done=len(tasks) - len(self._tasks),
             all_bytes=all_bytes,
             done_bytes=all_bytes - left_bytes,
-            write_bytes=self._plan.output_bytes,
-            written_bytes=sum(receipt.nbytes for receipt in self._receipts.values()),
+            write_bytes=sum(task.write_bytes for task in tasks),
+            written_bytes=sum(
+                receipt.nbytes
+                for key, receipt in self._receipts.items()
+                if self._parts is None or key in self._parts
+            ),
         )
 
     def _rescue(self, executor: Executor) -> None:

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +45,30 @@ class Prepared:
     sources: Sources
     output: Output
     stores: Stores
+
+    @property
+    def files(self) -> list[str]:
+        """Names of every file of the checkpoint that is not a shard or the index."""
+        donor, tokenizer = _donors(self.plan, self.sources)
+        return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE, TASKS]
+
+    def published(self, *, already: bool) -> Published:
+        """What is told of a published checkpoint.
+
+        Args:
+            already: whether it was there before.
+        """
+        requests, read_bytes = self.stores.requests
+        return Published(
+            out=self.plan.out,
+            shards=tuple(shard.name for shard in self.plan.shards),
+            nbytes=self.plan.output_bytes,
+            tensors=len(self.plan.tensors),
+            already=already,
+            notes=(*self.plan.recipe.notes, *self.plan.outputs.notes),
+            requests=requests,
+            requested_bytes=read_bytes,
+        )
 
 
 def merge(
@@ -90,33 +113,36 @@ def merge(
     )
     plan, sources, output, stores = ready.plan, ready.sources, ready.output, ready.stores
     refuse_sources(output, sources)
-    files = _names_of_files(plan, sources)
+    files = ready.files
     if not fresh and is_published(output, plan, files):
         sweep(output)
-        return _published(ready, already=True)
-    with ExitStack() as stack:
-        stack.enter_context(output.locked())
+        return ready.published(already=True)
+    with output.locked():
         if not fresh and is_published(output, plan, files):  # by a run that was waited for
             output.tidy()
-            return _published(ready, already=True)
-        ledger, writer = stack.enter_context(
-            staging(output, plan, files, overwrite=overwrite, fresh=fresh)
-        )
-        with executors.start(executor, plan, writer, stores, output, address=address) as workers:
-            execute(
-                plan,
-                workers,
-                ledger,
-                writer,
-                progress=progress or Quiet(),
-                stop=stop,
-            )
-        _refuse_changed(sources, stores)
-        _refuse_non_finite(plan, ledger)
-        refuse_occupied(output, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
-        names = [tensor.name for tensor in plan.tensors]
-        publish(output, plan.shards, names, ledger, _files(ready, ledger))
-    return _published(ready, already=False)
+            return ready.published(already=True)
+        with staging(output, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
+            with executors.start(
+                executor, plan, writer, stores, output, address=address
+            ) as workers:
+                execute(plan, workers, ledger, writer, progress=progress or Quiet(), stop=stop)
+            refuse_occupied(output, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
+            finish(ready, ledger)
+    return ready.published(already=False)
+
+
+def finish(ready: Prepared, ledger: Ledger) -> None:
+    """Check what was written and read, and publish it.
+
+    Raises:
+        SourceChangedError: an input is not what it was when the plan was made.
+        NonFiniteError: NaN or infinity, which the recipe does not allow.
+    """
+    plan = ready.plan
+    _refuse_changed(ready.sources, ready.stores)
+    _refuse_non_finite(plan, ledger)
+    names = [tensor.name for tensor in plan.tensors]
+    publish(ready.output, plan.shards, names, ledger, _files(ready, ledger))
 
 
 def prepare(
@@ -264,12 +290,6 @@ def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
     return donor, donor if tokenizer is None else sources[tokenizer]
 
 
-def _names_of_files(plan: Plan, sources: Sources) -> list[str]:
-    """Names of every file of the checkpoint that is not a shard or the index."""
-    donor, tokenizer = _donors(plan, sources)
-    return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE, TASKS]
-
-
 def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
     """Their content."""
     plan, stores = ready.plan, ready.stores
@@ -293,18 +313,3 @@ def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
     )
     files[TASKS] = to_parquet(ledger.tasks)  # after the provenance: it differs with every run
     return files
-
-
-def _published(ready: Prepared, *, already: bool) -> Published:
-    plan = ready.plan
-    requests, read_bytes = ready.stores.requests
-    return Published(
-        out=plan.out,
-        shards=tuple(shard.name for shard in plan.shards),
-        nbytes=plan.output_bytes,
-        tensors=len(plan.tensors),
-        already=already,
-        notes=(*plan.recipe.notes, *plan.outputs.notes),
-        requests=requests,
-        requested_bytes=read_bytes,
-    )

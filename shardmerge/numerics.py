@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -173,6 +173,17 @@ class ExactSums:
             np.add.at(self._halves[0, column], places, whole >> _HALF_BITS)
             np.add.at(self._halves[1, column], places, whole & (2**_HALF_BITS - 1))
 
+    def state(self) -> dict[str, npt.NDArray[np.int64]]:
+        """What was added so far, for ``add_state`` of another."""
+        special = [[kind in found for kind in _SPECIAL] for found in self._special]
+        return {"halves": self._halves, "special": np.array(special, dtype=np.int64)}
+
+    def add_state(self, state: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        """Add all the terms that another has added."""
+        self._halves += state["halves"]
+        for found, row in zip(self._special, state["special"], strict=True):
+            found.update(kind for kind, there in zip(_SPECIAL, row, strict=True) if there)
+
     def rounded(self) -> tuple[float, ...]:
         """The sums; infinite where too large, NaN or infinite as the terms are."""
         return tuple(map(self._rounded, range(len(self._special))))
@@ -192,6 +203,7 @@ class ExactSums:
             return math.inf if total > 0 else -math.inf
 
 
+_SPECIAL = ("nan", "inf", "-inf")
 _MANTISSA_BITS, _HALF_BITS = 53, 26
 _BIAS = 1074
 _EXPONENTS = _BIAS + 1024 + 1

@@ -64,12 +64,26 @@ def is_published(output: Output, plan: Plan, files: Sequence[str]) -> bool:
 
 @contextmanager
 def staging(
-    output: Output, plan: Plan, files: Sequence[str], *, overwrite: bool, fresh: bool
+    output: Output,
+    plan: Plan,
+    files: Sequence[str],
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    alone: bool = True,
 ) -> Iterator[tuple[Ledger, ShardWriter]]:
-    """The unfinished run at OUT, whose lock is held: its ledger, and room for every shard."""
+    """The unfinished run at OUT, whose lock is held: its ledger, and room for every shard.
+
+    Args:
+        alone: whether nobody else may be at work there; what slices have done is taken over.
+    Raises:
+        LockedError: a slice is at work.
+    """
     if fresh:
         _start_over(output, plan, files, overwrite=overwrite)
     with closing(Ledger(output.journal(), plan.identity)) as ledger:
+        if alone:
+            _take_over(output, plan, ledger)
         _recover(output, plan, files, ledger, overwrite=overwrite)
         with closing(output.writer(plan.shards, ledger.handles)) as writer:
             yield ledger, writer
@@ -80,6 +94,23 @@ def sweep(output: Output) -> None:
     if output.leftovers():
         with output.locked():
             output.tidy()
+
+
+def _take_over(output: Output, plan: Plan, ledger: Ledger) -> None:
+    """Write what slices have in ledgers of their own into that of the run."""
+    for name in output.slices():
+        with (
+            output.locked(name),
+            closing(Ledger(output.journal(name), plan.identity)) as slice_ledger,
+        ):
+            receipts = slice_ledger.receipts
+            decisions = slice_ledger.decisions
+            known = set(ledger.tasks)
+            ledger.record(
+                [receipt for key, receipt in receipts.items() if key not in ledger.receipts],
+                {key: d for key, d in decisions.items() if key not in ledger.decisions},
+                [task for task in slice_ledger.tasks if task not in known],
+            )
 
 
 def _recover(
@@ -96,7 +127,8 @@ def _recover(
     except LockedError:
         raise
     except (OutputError, StoreError):
-        if ledger.is_new:  # nothing was done, so nothing is left in somebody else's folder
+        # Nothing was done, so nothing is left in somebody else's folder.
+        if ledger.is_new and not output.slices():
             output.tidy()
         raise
     missing = [n for n in range(len(plan.shards)) if n not in found.sealed | found.open.keys()]
@@ -117,6 +149,9 @@ def refuse_occupied(
 
 def _start_over(output: Output, plan: Plan, files: Sequence[str], *, overwrite: bool) -> None:
     """Forget an unfinished run, with the shards that it had already given their names."""
+    for name in output.slices():
+        with output.locked(name):  # refused while it is at work
+            continue
     with closing(output.journal()) as journal:
         cleared = any(f'"{CLEARED}"' in line for line in journal.lines())
     if cleared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -41,6 +42,28 @@ class Summing:
             self._counts = cast(Counts, partial)
         else:
             self._counts += cast(Counts, partial)
+
+    def dumped(self) -> bytes:
+        """All that was added so far, for ``take`` of another process; few bytes where few are."""
+        arrays: dict[str, npt.NDArray[np.int64]] = {}
+        if self._counts is not None:
+            arrays["counts"] = self._counts
+        if self._sums is not None:
+            arrays |= self._sums.state()
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        return file.getvalue()
+
+    def take(self, dumped: bytes) -> None:
+        """Add what another process has added up."""
+        with np.load(io.BytesIO(dumped), allow_pickle=False) as arrays:
+            if "counts" in arrays:
+                self.add(arrays["counts"])
+            elif arrays.files:
+                state = dict(arrays)
+                if self._sums is None:
+                    self._sums = ExactSums(state["special"].shape[0])
+                self._sums.add_state(state)
 
     def summary(self) -> Summary:
         """Of all that were added."""

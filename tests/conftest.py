@@ -1,4 +1,4 @@
-"""Real S3 servers for the tests that ask for one; each is started once in a run."""
+"""Real servers for the tests that ask for one; each is started once in a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import pytest
 
 from tests.servers.api import S3Server
 from tests.servers.rgw import Rgw
+from tests.servers.slurm import Slurm
 from tests.servers.swift import Swift
 
 REQUIRED = frozenset(os.environ.get("SHARDMERGE_REQUIRE", "").split(","))
 """Components whose tests must not be skipped: a comma-separated list of fixtures' names."""
 
 
-def running(
-    component: str, kind: type[Swift] | type[Rgw], folders: pytest.TempPathFactory
-) -> Iterator[S3Server]:
-    if reason := kind.missing():
+def must_have(component: str, reason: str) -> None:
+    """Skip a test if there is a reason to; fail where that is not allowed."""
+    if reason:
         if component in REQUIRED:
             pytest.fail(f"{reason} (SHARDMERGE_REQUIRE has {component})")
         pytest.skip(reason)
+
+
+def running(
+    component: str, kind: type[Swift] | type[Rgw], folders: pytest.TempPathFactory
+) -> Iterator[S3Server]:
+    must_have(component, kind.missing())
     with kind.start(folders.mktemp(component)) as server:
         yield server
 
@@ -34,6 +40,14 @@ def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     yield from running("rgw", Rgw, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Two nodes of two CPUs and 8000 MiB each."""
+    must_have("slurm", Slurm.missing())
+    with Slurm.start(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 @pytest.fixture

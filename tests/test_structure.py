@@ -46,6 +46,7 @@ ORDER = [
     ["executors.ray"],
     ["executors"],
     ["merge"],
+    ["slices"],
     ["cli"],
     ["__main__", "testing.*"],
     ["testing"],

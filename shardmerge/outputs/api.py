@@ -146,8 +146,8 @@ class Output(Protocol):
     def is_unfinished(self) -> bool:
         """Whether a journal is there."""
 
-    def locked(self) -> AbstractContextManager[None]:
-        """The right to write; LockedError where another process has it."""
+    def locked(self, slice: str = "") -> AbstractContextManager[None]:
+        """The right to write, or to write a slice; LockedError where another process has it."""
 
     def check_lock(self) -> None:
         """Ask whether the lock is still this process's; LockedError where it is another's."""
@@ -155,8 +155,11 @@ class Output(Protocol):
     def forget(self) -> None:
         """Remove everything unfinished but the lock."""
 
-    def journal(self) -> Journal:
-        """The journal, made if it is not there."""
+    def journal(self, slice: str = "") -> Journal:
+        """The journal, or that of a slice, made if it is not there."""
+
+    def slices(self) -> list[str]:
+        """Names of the slices that have a journal."""
 
     def survey(
         self,

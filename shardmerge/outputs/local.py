@@ -90,9 +90,9 @@ class LocalOutput:
         """Whether a journal is there."""
         return (self._staging / LEDGER_FILE).exists()
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
+    def locked(self, slice: str = "") -> contextlib.AbstractContextManager[None]:
         """The right to write; the system gives it back when the process ends."""
-        return _locked(self._staging / LOCK)
+        return _locked(self._staging / (f"{LOCK}-{slice}" if slice else LOCK))
 
     def check_lock(self) -> None:
         """Nobody can take it while this process lives."""
@@ -106,9 +106,14 @@ class LocalOutput:
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def journal(self) -> LocalJournal:
+    def journal(self, slice: str = "") -> LocalJournal:
         """The journal, made if it is not there."""
-        return LocalJournal(self._staging / LEDGER_FILE)
+        return LocalJournal(self._staging / (f"{LEDGER}-{slice}.jsonl" if slice else LEDGER_FILE))
+
+    def slices(self) -> list[str]:
+        """Names of the slices that have a journal."""
+        found = self._staging.glob(f"{LEDGER}-*.jsonl")
+        return sorted(path.stem.removeprefix(f"{LEDGER}-") for path in found)
 
     def survey(
         self,

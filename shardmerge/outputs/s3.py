@@ -55,7 +55,7 @@ class S3Output:
         self._bucket = self._store.bucket(self.url)
         folder = bucket_and_key(self.url)[1]
         self._prefix = f"{folder}/" if folder else ""
-        self._lock = S3Lock(self._bucket, self._key(f"{STAGING}/{LOCK}"), self.url)
+        self._locks: dict[str, S3Lock] = {}
 
     # --- what readers see -----------------------------------------------------------------------
 
@@ -117,22 +117,35 @@ class S3Output:
         self._uploads()
         self._bucket.call("delete_object", Key=key)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self, slice: str = "") -> AbstractContextManager[None]:
         """The right to write, as an object that is renewed while the process lives."""
-        return self._lock.held()
+        return self._lock(slice).held()
 
     def check_lock(self) -> None:
         """LockedError where another process has taken the lock from this one."""
-        self._lock.check()
+        self._lock().check()
+
+    def _lock(self, slice: str = "") -> S3Lock:
+        if slice not in self._locks:
+            key = self._key(f"{STAGING}/{LOCK}-{slice}" if slice else f"{STAGING}/{LOCK}")
+            self._locks[slice] = S3Lock(self._bucket, key, self.url)
+        return self._locks[slice]
 
     def forget(self) -> None:
         """Remove everything unfinished but the lock."""
         self._abort_all()
         self._delete_staged(but=LOCK)
 
-    def journal(self) -> S3Journal:
+    def journal(self, slice: str = "") -> S3Journal:
         """The journal."""
-        return S3Journal(self._bucket, self._key(f"{STAGING}/{LEDGER}/"), self._lock.check)
+        name = f"{LEDGER}-{slice}" if slice else LEDGER
+        return S3Journal(self._bucket, self._key(f"{STAGING}/{name}/"), self._lock(slice).check)
+
+    def slices(self) -> list[str]:
+        """Names of the slices that have a journal."""
+        begin = f"{LEDGER}-"
+        names = self.names(f"{STAGING}/")
+        return [name[len(begin) : -1] for name in names if name.startswith(begin)]
 
     def survey(
         self,

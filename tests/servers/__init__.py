@@ -1,1 +1,1 @@
-"""Real S3 servers that tests and benchmarks start for themselves."""
+"""Real servers that tests and benchmarks start for themselves."""

@@ -64,6 +64,13 @@ class Processes:
         self._guard.stdin.write(f"{process.pid}\n".encode())
         self._guard.stdin.flush()
 
+    def kill(self, name: str) -> None:
+        """Kill the group of one process, which from then on is not expected to run."""
+        process = self._running.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     def stop(self) -> None:
         """Kill every process group and wait until all are gone; again does nothing."""
         if self._guard.stdin is None or self._guard.stdin.closed:

@@ -1,0 +1,367 @@
+"""A merge in slices that never talk to each other: for arrays of batch systems, without Ray.
+
+An order names what is to be merged; every process makes the same plan from it. A slice is some of
+the output's parts. It is done by a process with a ledger of its own, so that any number of them run
+at a time, in any order, and are run again when they were killed. Where a method is measured over
+the whole model, each slice measures a share and leaves its sum beside the ledgers; whoever comes
+when all are there goes on. The last step takes over what all slices have written, and publishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmerge import executors
+from shardmerge.errors import LedgerMismatchError, LockedError, OutputError, Stopped, UsageError
+from shardmerge.execute import Progress, execute, measure
+from shardmerge.executors.api import Executor
+from shardmerge.layout import Shard
+from shardmerge.ledger import Ledger, fingerprint
+from shardmerge.merge import Prepared, finish, prepare
+from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
+from shardmerge.outputs.api import STAGING, PartKey
+from shardmerge.plan import MeasureTask
+from shardmerge.progress import Quiet, counted
+from shardmerge.publish import Published
+from shardmerge.staging import is_published, refuse_sources, staging
+from shardmerge.stores import Settings, is_remote
+from shardmerge.summaries import Summary, Summing, settle
+
+OTHERS_S = 60.0
+"""Seconds that a slice waits for what others measure, before it gives its place to them."""
+_LOCK_S = 600.0
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be merged, as a small file that any process can go by.
+
+    Args:
+        recipe: path of the recipe.
+        folder: that relative paths start from.
+        fingerprint: of the plan that was made; another one is refused.
+    """
+
+    recipe: str
+    out: str
+    folder: str
+    memory_bytes: int
+    threads: int | None
+    patience_minutes: float
+    s3: tuple[tuple[str, str, str], ...]
+    fingerprint: str
+
+    @property
+    def settings(self) -> Settings:
+        """Of stores."""
+        return Settings(self.patience_minutes, self.s3)
+
+
+def save_order(path: str, ready: Prepared, recipe: str, threads: int | None) -> None:
+    """Write the order for a plan.
+
+    Raises:
+        UsageError: for a place that cannot be written.
+    """
+    out = ready.plan.out
+    order = Order(
+        recipe=str(Path(recipe).absolute()),
+        out=out if is_remote(out) else str(Path(out).expanduser().absolute()),
+        folder=str(Path.cwd()),
+        memory_bytes=ready.plan.memory_bytes,
+        threads=threads,
+        patience_minutes=ready.stores.settings.patience_minutes,
+        s3=ready.stores.settings.s3,
+        fingerprint=fingerprint(ready.plan.identity),
+    )
+    text = json.dumps({"shardmerge order": 1, **dataclasses.asdict(order)}, indent=1)
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as problem:
+        raise UsageError(f"cannot write {path}: {problem.strerror}") from problem
+
+
+def load_order(path: str) -> Order:
+    """The order in a file that ``shardmerge plan --save`` has written.
+
+    Raises:
+        UsageError: for any other file.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+        if values.pop("shardmerge order") != 1:
+            raise ValueError("another version's")
+        values["s3"] = tuple((str(a), str(b), str(c)) for a, b, c in values["s3"])
+        return Order(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise UsageError(
+            f"{path} cannot be used as a plan ({reason}).\n"
+            "  Make one with 'shardmerge plan RECIPE OUT --save FILE'."
+        ) from problem
+
+
+def _prepared(order: Order, stop: threading.Event) -> Prepared:
+    """The plan of an order, made again.
+
+    Raises:
+        LedgerMismatchError: the recipe or a source is not what it was.
+    """
+    try:
+        os.chdir(order.folder)
+    except OSError as problem:
+        raise UsageError(
+            f"the plan was made in {order.folder}, which is not here: {problem.strerror}"
+        ) from problem
+    ready = prepare(
+        order.recipe,
+        order.out,
+        executor="slurm-array",
+        memory_bytes=order.memory_bytes,
+        threads=order.threads,
+        settings=order.settings,
+        stop=stop,
+    )
+    if fingerprint(ready.plan.identity) != order.fingerprint:
+        raise LedgerMismatchError(
+            f"{order.recipe} or a checkpoint that it names is not what it was when the plan was "
+            "made, or this is another version of shardmerge.\n"
+            "  Put it back, or make the plan again."
+        )
+    refuse_sources(ready.output, ready.sources)
+    return ready
+
+
+# --- which parts ----------------------------------------------------------------------------------
+
+
+def share(shards: Sequence[Shard], count: int, *, whole_shards: bool) -> list[frozenset[PartKey]]:
+    """The parts of each slice: about as many bytes for each, the largest given away first.
+
+    Args:
+        whole_shards: whether one slice writes all of a shard. Else units are given away, whose
+            tensors are read once.
+    Reference: Graham. Bounds on multiprocessing timing anomalies. 1969 (longest time first).
+    """
+    groups = [
+        [part for unit in units for part in unit.parts]
+        for shard in shards
+        for units in ([shard.units] if whole_shards else [[unit] for unit in shard.units])
+    ]
+    sizes = sorted(((-sum(p.nbytes for p in group), n) for n, group in enumerate(groups)))
+    slices: list[set[PartKey]] = [set() for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for size, group in sizes:
+        load, number = heapq.heappop(loads)
+        slices[number].update((part.shard, part.number) for part in groups[group])
+        heapq.heappush(loads, (load - size, number))
+    return [frozenset(parts) for parts in slices]
+
+
+# --- one slice ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """What a slice has done.
+
+    Args:
+        parts: that are its own.
+        nbytes: of them.
+        already: whether the whole checkpoint was published before.
+    """
+
+    index: int
+    count: int
+    parts: int
+    nbytes: int
+    already: bool = False
+
+
+def work_slice(
+    order: Order,
+    index: int,
+    count: int,
+    *,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Sliced:
+    """Do slice ``index`` of ``count``, from where an earlier process of it stopped.
+
+    Raises:
+        Stopped: the run was stopped, or others have not measured their share yet; the same call
+            goes on from there.
+        ShardmergeError: as ``merge``.
+    """
+    stop = stop or threading.Event()
+    ready = _prepared(order, stop)
+    plan, output = ready.plan, ready.output
+    if is_published(output, plan, ready.files):
+        return Sliced(index, count, 0, 0, already=True)
+    name = f"{index}-of-{count}"
+    with (
+        _beginning(ready, stop) as main,
+        output.locked(name),
+        closing(Ledger(output.journal(name), plan.identity)) as ledger,
+        closing(output.writer(plan.shards, main.handles)) as writer,
+        executors.start("local", plan, writer, ready.stores, output) as workers,
+    ):
+        ledger.decisions = {**main.decisions, **ledger.decisions}
+        _Agreement(ready, ledger, workers, index, count, stop).reach()
+        own = share(plan.shards, count, whole_shards=output.whole_shards)[index]
+        execute(
+            plan,
+            workers,
+            ledger,
+            writer,
+            progress=progress or Quiet(),
+            stop=stop,
+            parts=own - main.receipts.keys(),
+        )
+    nbytes = sum(p.nbytes for s in plan.shards for p in s.parts if (p.shard, p.number) in own)
+    return Sliced(index, count, len(own), nbytes)
+
+
+@contextmanager
+def _beginning(ready: Prepared, stop: threading.Event) -> Iterator[Ledger]:
+    """The ledger of the whole run, after whoever came first has made room for every shard."""
+    with (
+        _turn(ready, stop),
+        staging(ready.output, ready.plan, ready.files, alone=False) as (ledger, _),
+    ):
+        found = ledger
+    yield found
+
+
+@contextmanager
+def _turn(ready: Prepared, stop: threading.Event) -> Iterator[None]:
+    """The lock of OUT, which every slice takes for a moment; one after the other."""
+    waited_s = 0.0
+    while True:
+        try:
+            with ready.output.locked():
+                yield
+                return
+        except LockedError:
+            if waited_s >= _LOCK_S:
+                raise
+        if stop.wait(_POLL_S):
+            raise Stopped("stopped while another slice began")
+        waited_s += _POLL_S
+
+
+class _Agreement:
+    """Decisions over the whole model, which every slice takes alike from the sums of all."""
+
+    def __init__(
+        self,
+        ready: Prepared,
+        ledger: Ledger,
+        workers: Executor,
+        index: int,
+        count: int,
+        stop: threading.Event,
+    ) -> None:
+        self._plan = ready.plan
+        self._output = ready.output
+        self._ledger = ledger
+        self._workers = workers
+        self._index, self._count = index, count
+        self._stop = stop
+
+    def reach(self) -> None:
+        """Take every decision over the model.
+
+        Raises:
+            Stopped: a share of another slice is not there yet.
+        """
+        for scope in range(len(self._plan.tensors), len(self._plan.scopes)):
+            self._decide(scope)
+
+    def _decide(self, scope: int) -> None:
+        method = self._plan.scopes[scope].method
+        levels = levels_of(method)
+        known: dict[str, Decision | None] = {
+            step: None for step, over in levels.items() if over is None
+        }
+        measures = {
+            step.name: step
+            for step in info_of(method).passes[:-1]
+            if step.kind is Kind.MEASURE and levels[step.name] is Over.MODEL
+        }
+        for step in info_of(method).passes[:-1]:
+            if step.kind is not Kind.SETTLE or levels[step.name] is not Over.MODEL:
+                continue
+            key = self._plan.scopes[scope].decision(step.name)
+            if key not in self._ledger.decisions:
+                wanted = [measures[need] for need in step.needs if need in measures]
+                summaries = {need.name: self._summary(scope, need) for need in wanted}
+                self._ledger.record(decisions={key: settle(method, step, summaries, known)})
+            known[step.name] = self._ledger.decisions[key]
+
+    def _summary(self, scope: int, step: Pass) -> Summary:
+        """What a pass has measured over the model: the sum of all slices' shares."""
+        if self._output.size(self._file(scope, step, self._index)) is None:
+            tasks = [
+                task
+                for task in self._plan.tasks
+                if isinstance(task, MeasureTask) and (task.scope, task.step) == (scope, step.name)
+            ][self._index :: self._count]
+            own = measure(tasks, self._workers, self._ledger.decisions, stop=self._stop)
+            self._output.write(self._file(scope, step, self._index), own.dumped())
+        self._wait([self._file(scope, step, number) for number in range(self._count)])
+        total = Summing()
+        for number in range(self._count):
+            total.take(self._output.read(self._file(scope, step, number)))
+        return total.summary()
+
+    def _wait(self, files: Sequence[str]) -> None:
+        waited_s = 0.0
+        while missing := [file for file in files if self._output.size(file) is None]:
+            if self._stop.wait(_POLL_S) or waited_s >= OTHERS_S:
+                raise Stopped(
+                    f"{counted(len(missing), 'slice')} of {self._count} have not measured their "
+                    "share of the model yet.\n  Run this one again when they have."
+                )
+            waited_s += _POLL_S
+
+    def _file(self, scope: int, step: Pass, number: int) -> str:
+        model_scope = scope - len(self._plan.tensors)
+        return f"{STAGING}/sum-{model_scope}-{step.name}-{number}-of-{self._count}.npz"
+
+
+# --- the last step --------------------------------------------------------------------------------
+
+
+def publish_slices(order: Order, *, stop: threading.Event | None = None) -> Published:
+    """Check that every part is there, and publish.
+
+    Raises:
+        OutputError: parts are missing.
+        LockedError: a slice is at work.
+    """
+    ready = _prepared(order, stop or threading.Event())
+    plan, output = ready.plan, ready.output
+    if is_published(output, plan, ready.files):
+        return ready.published(already=True)
+    with output.locked(), staging(output, plan, ready.files) as (ledger, _):
+        parts = [part for shard in plan.shards for part in shard.parts]
+        missing = [p for p in parts if (p.shard, p.number) not in ledger.receipts]
+        if missing:
+            first = plan.shards[missing[0].shard].name
+            raise OutputError(
+                f"{output.url}: {len(missing)} of {counted(len(parts), 'part')} are not written, "
+                f"the first is part {missing[0].number} of {first}; nothing was published.\n"
+                "  Run the slices that have not ended again, then this command."
+            )
+        finish(ready, ledger)
+    return ready.published(already=False)

@@ -1,0 +1,311 @@
+"""The launch scripts: on a real Slurm, with a stand-in for the merge; and what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shardmerge import cli, errors
+from tests import launch_standin
+from tests.conftest import must_have
+from tests.launch_standin import lines
+from tests.servers.slurm import Slurm
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+STANDIN = Path(launch_standin.__file__)
+RUN_TIMEOUT_S = 240.0
+"""Ray takes 20 seconds to start on two nodes that share two busy cores; be patient."""
+
+
+class Ray:
+    """A job of ``ray.sbatch`` whose merge is the stand-in."""
+
+    def __init__(
+        self,
+        slurm: Slurm,
+        folder: Path,
+        *,
+        tasks: int,
+        seconds: float,
+        nodes: int = 2,
+        restarts: int = 5,
+    ) -> None:
+        self.slurm = slurm
+        self.out = folder / "out"
+        # Ray's sockets are in there, and their paths must be short.
+        self.temporary = Path(tempfile.mkdtemp(prefix="sm-"))
+        recipe = folder / "recipe.json"
+        recipe.write_text(json.dumps({"nodes": nodes, "tasks": tasks, "seconds": seconds}))
+        options = [f"--nodes={nodes}", "--cpus-per-task=2", "--mem=4000", "--time=30"]
+        ray = Path(sys.executable).parent / "ray"
+        env = {
+            "SHARDMERGE": f"{sys.executable} {STANDIN}",
+            "SHARDMERGE_TMP": str(self.temporary),
+            "SHARDMERGE_RESTARTS": str(restarts),
+            "RAY": str(ray),
+            # How long a merge waits for a head that is gone.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+        }
+        script = LAUNCH / "ray.sbatch"
+        self.job = slurm.submit(script, recipe, self.out, options=options, env=env)
+        self.folder = slurm.folder / f".shardmerge-{self.job}"
+
+    def wait_for_tasks(self, count: int) -> None:
+        self.slurm.wait_for(
+            self.job, f"{count} tasks", lambda _: len(lines(self.out)) >= count, RUN_TIMEOUT_S
+        )
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Wait until the job is done and has left nothing but its output."""
+        self.slurm.wait(self.job, "COMPLETED", RUN_TIMEOUT_S)
+        self.gone()
+        assert not self.folder.exists()
+        self.temporary.rmdir()  # it is empty
+        return lines(self.out)
+
+    def gone(self) -> None:
+        def clean() -> bool:
+            return not self.slurm.processes_of(self.job)
+
+        self.slurm.wait_until("no process is left", clean, 60)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What each run of the stand-in saw when it began."""
+        text = self.slurm.output(self.job).splitlines()
+        return [json.loads(line[9:]) for line in text if line.startswith("standin: ")]
+
+
+@pytest.fixture
+def with_ray() -> None:
+    must_have("ray", "" if importlib.util.find_spec("ray") else "Ray is not installed")
+
+
+slow = pytest.mark.timeout(600)
+
+
+@slow
+def test_a_merge_runs_on_all_nodes_of_a_job(slurm: Slurm, tmp_path: Path, with_ray: None):
+    job = Ray(slurm, tmp_path, tasks=12, seconds=0.3)
+    done = job.finish()
+    assert sorted(each["task"] for each in done) == list(range(12))
+    assert {each["node"] for each in done} == set(slurm.nodes)
+    [facts] = job.facts()
+    # Of 4000 MiB each, the worker keeps 1024 for Ray itself, the head 1024 more for the driver.
+    offered = (4000 - 1024 + 4000 - 2048) * 2**20
+    assert facts == {"nodes": 2, "cpus": 4.0, "memory": offered, "todo": 12}
+
+
+@slow
+def test_a_preempted_merge_drains_and_goes_on(slurm: Slurm, tmp_path: Path, with_ray: None):
+    job = Ray(slurm, tmp_path, tasks=24, seconds=0.7)
+    job.wait_for_tasks(3)
+    token = job.folder / "token"
+    assert (token.stat().st_mode & 0o777, job.folder.stat().st_mode & 0o777) == (0o600, 0o700)
+    slurm.preempt(job.job)
+    slurm.wait_for(job.job, "is requeued", lambda now: now.restarts == 1, RUN_TIMEOUT_S)
+    job.gone()
+    assert not token.exists()
+    first = lines(job.out)
+    assert 3 <= len(first) < 24
+    slurm.hurry(job.job)
+    done = job.finish()
+    assert sorted(each["task"] for each in done) == list(range(24))
+    assert {each["restart"] for each in done[len(first) :]} == {"1"}
+    assert [each["todo"] for each in job.facts()] == [24, 24 - len(first)]
+
+
+@slow
+def test_a_merge_goes_on_without_a_node_that_is_lost(tmp_path: Path, with_ray: None):
+    must_have("slurm", Slurm.missing())
+    (tmp_path / "slurm").mkdir()
+    with Slurm.start(tmp_path / "slurm") as slurm:
+        job = Ray(slurm, tmp_path, tasks=20, seconds=0.5)
+        job.wait_for_tasks(4)
+        slurm.lose("node2")
+        slurm.wait_until(
+            "the merge is done", lambda: "ended with 0" in slurm.output(job.job), RUN_TIMEOUT_S
+        )
+        assert sorted(each["task"] for each in lines(job.out)) == list(range(20))
+    shutil.rmtree(job.temporary)  # of the node that is lost
+
+
+@slow
+def test_a_cancelled_merge_leaves_nothing_and_is_not_requeued(
+    slurm: Slurm, tmp_path: Path, with_ray: None
+):
+    job = Ray(slurm, tmp_path, tasks=1000, seconds=0.2)
+    job.wait_for_tasks(1)
+    slurm.cancel(job.job)
+    assert slurm.wait(job.job, "CANCELLED", RUN_TIMEOUT_S).restarts == 0
+    job.gone()
+    assert not (job.folder / "token").exists()
+    shutil.rmtree(job.temporary)
+
+
+@slow
+def test_a_merge_whose_ray_is_told_to_end_can_be_resumed_and_restarts_are_limited(
+    slurm: Slurm, tmp_path: Path, with_ray: None
+):
+    # So Slurm tells of a preemption where it is not set up to send the user's signal.
+    job = Ray(slurm, tmp_path, tasks=1000, seconds=0.2, nodes=1, restarts=0)
+    job.wait_for_tasks(1)
+    slurm.run("scancel", "--signal=TERM", str(job.job))
+    ended = slurm.wait(job.job, "FAILED", RUN_TIMEOUT_S)
+    assert (ended.exit_code, ended.restarts) == (3, 0)
+    assert "not requeued" in slurm.output(job.job)
+    job.gone()
+    job.temporary.rmdir()  # it is empty
+
+
+def array(slurm: Slurm, folder: Path, elements: int, recipe: dict[str, Any]) -> list[int]:
+    """Submit a merge by an array; numbers of its three jobs."""
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    env = {
+        "SHARDMERGE": f"{sys.executable} {STANDIN}",
+        "SHARDMERGE_SBATCH": "--cpus-per-task=1 --mem=1000 --time=30",
+    }
+    said = slurm.run(str(LAUNCH / "array.sh"), path, folder / "out", str(elements), env=env)
+    return [int(each) for each in re.findall(r"(?:job|array) (\d+)", said)]
+
+
+def test_an_array_plans_works_and_publishes(slurm: Slurm, tmp_path: Path):
+    _, elements, publish = array(slurm, tmp_path, 3, {"tasks": 20, "stop": [1]})
+    slurm.wait_for(f"{elements}_1", "is requeued", lambda now: now.restarts == 1)
+    slurm.wait(f"{elements}_0", "COMPLETED")
+    slurm.wait(f"{elements}_2", "COMPLETED")
+    assert slurm.job(publish).state == "PENDING"
+    slurm.hurry(f"{elements}_1")
+    slurm.wait(publish, "COMPLETED")
+    # What the job may use, less a fifth.
+    assert json.loads((tmp_path / "out").read_text())["memory"] == "800MiB"
+
+
+def test_an_array_whose_plan_fails_ends(slurm: Slurm, tmp_path: Path):
+    (tmp_path / "out.parts").mkdir()  # the stand-in refuses to begin
+    plan, elements, publish = array(slurm, tmp_path, 2, {"tasks": 20, "stop": []})
+    slurm.wait(plan, "FAILED")
+    slurm.wait(publish, "CANCELLED")
+    assert slurm.job(elements).state == "CANCELLED"
+
+
+# --- what the files say -------------------------------------------------------------------------
+
+SCRIPTS = ["ray.sbatch", "array.sh"]
+
+NOT_YET = {
+    ("merge", "--address"),
+    ("plan", "--save"),
+    ("begin", ""),
+    ("worker", ""),
+    ("worker", "--plan"),
+    ("worker", "--slice"),
+    ("publish", ""),
+    ("publish", "--plan"),
+}
+"""What the scripts use and the command line does not have yet; '' is the command itself."""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_sound(name: str):
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join(folders))
+    must_have("shellcheck", "" if shellcheck else "shellcheck is not installed")
+    assert shellcheck is not None
+    done = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_can_be_requeued_and_end_only_what_is_theirs(name: str):
+    lines = (LAUNCH / name).read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    assert "#SBATCH --signal=B:USR1@120" in lines
+    assert not [line for line in lines if re.search(r"^[^#]*ray stop", line)]
+
+
+def test_scripts_say_how_they_are_used():
+    for name in SCRIPTS:
+        done = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr[:7]) == (2, "usage: ")
+
+
+def used() -> set[tuple[str, str]]:
+    """Commands of shardmerge in the files, each alone and with each of its options."""
+    command = r'(?:shardmerge|\$SHARDMERGE|"\$\{shardmerge\[@\]\}") ([a-z]+)\b'
+    more = r"([^\n]*(?:\n +--[^\n]*)*)"
+    found = {("plan", "--memory")}  # array.sh puts it together
+    for path in LAUNCH.iterdir():
+        for name, rest in re.findall(command + more, path.read_text()):
+            if name in COMMANDS:
+                found |= {(name, ""), *((name, each) for each in re.findall(r"--[a-z0-9-]+", rest))}
+    return found
+
+
+COMMANDS = {"merge", "plan", "begin", "worker", "publish", "verify", "clean"}
+
+
+def test_the_files_use_what_the_command_line_has():
+    commands: Any = next(
+        action for action in cli._parser()._actions if isinstance(action.choices, dict)
+    )
+    there = {
+        (name, option)
+        for name, parser in commands.choices.items()
+        for option in ["", *parser._option_string_actions]
+    }
+    assert {(name, "") for name in ("merge", "plan", "begin", "worker", "publish")} < used()
+    assert used() - there == NOT_YET
+
+
+def test_a_rayjob_asks_for_what_it_uses():
+    job = yaml.safe_load((LAUNCH / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert spec["backoffLimit"] > 0
+    assert spec["shutdownAfterJobFinishes"]
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] >= 120
+        [container] = pod["containers"]
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"]
+        limit = int(resources["limits"]["memory"].removesuffix("Gi")) * 2**30
+        params = {name: int(value) for name, value in group["rayStartParams"].items()}
+        shm = {volume["name"]: volume for volume in pod["volumes"]}["shm"]["emptyDir"]
+        assert shm == {"medium": "Memory", "sizeLimit": "1Gi"}
+        assert params["object-store-memory"] < 2**30
+        assert params.get("memory", 0) + 2 * 2**30 <= limit
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"recipe": "/recipe", "shm": "/dev/shm"}
+        names = {each["name"] for each in container["env"]}
+        assert "RAY_task_oom_retries" in names
+        assert not {name for name in names if "SECRET" in name or "ACCESS_KEY" in name}
+
+
+def test_a_sky_task_resumes_and_holds_no_secret():
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    recovery = task["resources"]["job_recovery"]
+    assert recovery["recover_on_exit_codes"] == [errors.Stopped.exit_code]
+    assert task["resources"]["use_spot"]
+    assert task["secrets"] == {"RAY_AUTH_TOKEN": None}
+    # In YAML, a bare 0 would be a number, and SkyPilot wants text.
+    given = {name: value for name, value in task["envs"].items() if value is not None}
+    assert all(isinstance(value, str) for value in given.values())
+    for part in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
