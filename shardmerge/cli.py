@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge import __version__, methods
 from shardmerge.errors import ShardmergeError, Stopped, UsageError, VerifyError
+from shardmerge.kernels.device import AUTO, DEVICES
 from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
 from shardmerge.stores import Settings, Stores
 from shardmerge.stores.settings import parse_s3
@@ -127,6 +128,13 @@ def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT (default: one is started here)",
     )
     merge.add_argument(
+        "--gpus",
+        type=_gpus,
+        default=1.0,
+        metavar="N",
+        help="GPUs of each worker of a cluster with --device cuda; 0.5: two share one (default 1)",
+    )
+    merge.add_argument(
         "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
     )
     merge.add_argument("--fresh", action="store_true", help="forget an unfinished run at OUT")
@@ -214,7 +222,7 @@ def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
 def _resources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor",
-        choices=("local", "ray"),
+        choices=("local", "ray", "slurm-array"),
         default="local",
         help="where tasks run (default local)",
     )
@@ -226,7 +234,16 @@ def _resources(parser: argparse.ArgumentParser) -> None:
         help="most anonymous memory of the process, or of each worker of a cluster (default 4GiB)",
     )
     parser.add_argument(
-        "--threads", type=_count, metavar="N", help="kernels at a time (default: every CPU)"
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="kernels at a time (default: every CPU; on CUDA at most 4 are)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=AUTO,
+        help="where kernels run; auto: on CUDA where there is a device (default %(default)s)",
     )
 
 
@@ -276,6 +293,12 @@ def _slice(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _gpus(text: str) -> float:
+    if not re.fullmatch(r"\d{1,2}(\.\d{1,4})?", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of GPUs; write 1 or 0.5")
+    return float(text)
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"\d{1,4}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no count; write a number from 1 to 9999")
@@ -299,6 +322,8 @@ def _merge(options: argparse.Namespace) -> int:
                 address=options.address,
                 memory_bytes=options.memory,
                 threads=options.threads,
+                device=options.device,
+                gpus=options.gpus,
                 overwrite=options.overwrite,
                 fresh=options.fresh,
                 progress=display,
@@ -363,9 +388,10 @@ def _plan(options: argparse.Namespace) -> int:
     ready = prepare(
         options.recipe,
         options.out,
-        executor=options.executor,
+        executor="slurm-array" if options.save else options.executor,
         memory_bytes=options.memory,
         threads=options.threads,
+        device=options.device,
         settings=_settings(options),
     )
     if options.save:

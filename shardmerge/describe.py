@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from shardmerge.memory import FOOTPRINT_BYTES
+from shardmerge.memory import footprint_bytes
 from shardmerge.methods.api import MethodInfo, info_of
 from shardmerge.plan import MeasureTask, MergeTask, Plan
 from shardmerge.progress import counted, size
@@ -34,9 +34,11 @@ def describe_plan(plan: Plan) -> dict[str, object]:
         "write_bytes": plan.output_bytes,
         "scratch_bytes": 0,
         "disk_bytes": plan.output_bytes,
+        "device": plan.device,
         "workers": plan.workers,
         "memory_bytes": plan.memory_bytes,
         "worker_bytes": max((task.memory_bytes for task in plan.tasks), default=0),
+        "footprint_bytes": footprint_bytes(plan.device),
         "peak_bytes": plan.peak_bytes,
         "shards": [
             {
@@ -78,7 +80,8 @@ def plan_text(facts: dict[str, object]) -> str:
         f"disk      {nbytes('disk_bytes')} at {facts['out']}",
         f"memory    at most {nbytes('peak_bytes')} of {nbytes('memory_bytes')}: "
         f"{counted(number('workers'), 'worker')} with up to {nbytes('worker_bytes')} each, "
-        f"{size(FOOTPRINT_BYTES)} for the program",
+        f"{nbytes('footprint_bytes')} for the program",
+        f"device    {facts['device']}",
         *(
             f"  {s['name']}  {size(s['bytes'])}, {counted(s['tensors'], 'tensor')}"
             for s in shards[:20]

@@ -14,6 +14,7 @@
     │   ├── LockedError          exit 1   another run is writing there
     │   └── LedgerMismatchError  exit 1   the unfinished run there is another's
     ├── ClusterError             exit 1   a cluster cannot do the work, or has failed at it
+    ├── DeviceError              exit 1   a CUDA device failed, or its memory does not suffice
     ├── VerifyError              exit 1   a published checkpoint is not what its provenance says
     └── Stopped                  exit 3   stopped by the user; the same command goes on from here
 
@@ -89,6 +90,10 @@ class LedgerMismatchError(OutputError):
 
 class ClusterError(ShardmergeError):
     """A cluster that cannot do the work, or that failed at it too often."""
+
+
+class DeviceError(ShardmergeError):
+    """A CUDA device that failed, or whose memory does not suffice."""
 
 
 class VerifyError(ShardmergeError):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from shardmerge.decode import scale_bytes
 from shardmerge.errors import MemoryBudgetError
+from shardmerge.kernels.device import CUDA
 from shardmerge.kernels.trace import Inputs
 from shardmerge.match import OutputTensor
 from shardmerge.methods.api import HISTOGRAM_BINS, Pass
@@ -24,12 +25,18 @@ TILE_ELEMENTS = 4 * CANONICAL_BLOCK
 """Elements of a tile where memory allows: its inputs stay in the caches while they are used."""
 REMOTE_TILE_ELEMENTS = 64 * CANONICAL_BLOCK
 """The same for inputs that are asked for over a network: a request should bring some megabytes."""
+CUDA_TILE_ELEMENTS = 64 * CANONICAL_BLOCK
+"""The same for a CUDA device: shorter copies do not reach the rate of the bus."""
+CUDA_FOOTPRINT_BYTES = 512 * 2**20
+"""What a process holds more for a CUDA device: the driver's library, its compiler and buffers."""
 LOCAL_WORKERS = 2
 """Workers for each CPU, so that some read and write while others compute."""
 REMOTE_WORKERS = 4
 """The same where they wait for a network."""
 COMFORTABLE_BYTES = 64 * 2**20
 """Memory of a worker below which fewer workers are better than smaller tiles."""
+CUDA_COMFORTABLE_BYTES = 256 * 2**20
+"""The same for a CUDA device."""
 
 
 # --- inputs of a tensor --------------------------------------------------------------------------
@@ -81,15 +88,23 @@ def element_bytes(refs: Sequence[TensorRef]) -> int:
     return sum(value_dtype(ref).itemsize for ref in refs)
 
 
-def tile_elements(tensor: OutputTensor, budget_bytes: int) -> int:
+def footprint_bytes(device: str) -> int:
+    """What a process holds before the first tile."""
+    return FOOTPRINT_BYTES + (CUDA_FOOTPRINT_BYTES if device == CUDA else 0)
+
+
+def tile_elements(tensor: OutputTensor, budget_bytes: int, device: str) -> int:
     """Elements of a tile: whole canonical blocks, as many as the budget and the caches allow."""
     per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
-    room = budget_bytes - _summary_bytes(tensor) - _scale_bytes(tensor, _most_elements(tensor))
+    most = _most_elements(tensor, device)
+    room = budget_bytes - _summary_bytes(tensor) - _scale_bytes(tensor, most)
     blocks = room // (per_element * CANONICAL_BLOCK)
-    return max(1, min(blocks, _most_elements(tensor) // CANONICAL_BLOCK)) * CANONICAL_BLOCK
+    return max(1, min(blocks, most // CANONICAL_BLOCK)) * CANONICAL_BLOCK
 
 
-def _most_elements(tensor: OutputTensor) -> int:
+def _most_elements(tensor: OutputTensor, device: str) -> int:
+    if device == CUDA:
+        return CUDA_TILE_ELEMENTS
     return REMOTE_TILE_ELEMENTS if is_far(tensor) else TILE_ELEMENTS
 
 
@@ -123,10 +138,10 @@ def tile_bytes(tensor: OutputTensor, elements: int) -> int:
     return elements * per_element + _summary_bytes(tensor) + _scale_bytes(tensor, elements)
 
 
-def resident_bytes(tensor: OutputTensor) -> int:
+def resident_bytes(tensor: OutputTensor, device: str) -> int:
     """Memory to keep all inputs of a tensor, and a tile of its result."""
     numel = tensor_numel(tensor)
-    most = min(numel, _most_elements(tensor))
+    most = min(numel, _most_elements(tensor, device))
     tile = most * (tensor.dtype.itemsize + _decode_bytes(tensor)) + _scale_bytes(tensor, most)
     return (
         numel * element_bytes(inputs_of(tensor))
@@ -137,21 +152,27 @@ def resident_bytes(tensor: OutputTensor) -> int:
 
 
 def share_memory(
-    tensors: Sequence[OutputTensor], memory_bytes: int, wanted: int, buffer_bytes: int
+    tensors: Sequence[OutputTensor],
+    memory_bytes: int,
+    wanted: int,
+    buffer_bytes: int,
+    device: str,
 ) -> tuple[int, int]:
     """Number of workers and the memory of each for its tiles."""
+    footprint = footprint_bytes(device)
+    comfortable = CUDA_COMFORTABLE_BYTES if device == CUDA else COMFORTABLE_BYTES
     least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
     for workers in range(wanted, 0, -1):
-        share = (memory_bytes - FOOTPRINT_BYTES) // workers - buffer_bytes
-        if share >= max(least, COMFORTABLE_BYTES) or (workers == 1 and share >= least):
+        share = (memory_bytes - footprint) // workers - buffer_bytes
+        if share >= max(least, comfortable) or (workers == 1 and share >= least):
             return workers, share
     worst = max(tensors, key=lambda tensor: tile_bytes(tensor, CANONICAL_BLOCK))
-    needed = FOOTPRINT_BYTES + least + buffer_bytes
+    needed = footprint + least + buffer_bytes
     buffered = f", and {_mib(buffer_bytes)} for a part that is sent" if buffer_bytes else ""
     raise MemoryBudgetError(
         f"{worst.name} needs {_mib(least)} for its smallest tile{buffered}; "
         f"the budget is {_mib(memory_bytes)}, of which the program itself takes "
-        f"{_mib(FOOTPRINT_BYTES)}.\n"
+        f"{_mib(footprint)}.\n"
         f"  A tile holds {CANONICAL_BLOCK:,} elements of {len(inputs_of(worst))} tensors and the "
         f"result.\n  Give --memory {math.ceil(needed / 2**20)}MiB or more."
     )

@@ -15,6 +15,7 @@ import yaml
 from shardmerge import __version__, assets, executors
 from shardmerge.errors import NonFiniteError, SourceChangedError
 from shardmerge.execute import Progress, execute
+from shardmerge.kernels.device import AUTO, CPU, choose_device
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.match import match
 from shardmerge.memory import inputs_of
@@ -31,6 +32,8 @@ from shardmerge.staging import is_published, refuse_occupied, refuse_sources, st
 from shardmerge.stores import Settings, Stores
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
+GPU_CPUS = 4
+"""CPUs of a cluster's worker for each GPU: they read and write for it."""
 _AT_A_TIME = 16
 """Small questions that are asked of stores together: each may take a round trip."""
 
@@ -79,6 +82,8 @@ def merge(
     address: str | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     threads: int | None = None,
+    device: str = AUTO,
+    gpus: float = 1.0,
     overwrite: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -94,6 +99,9 @@ def merge(
         address: of the cluster; None for one that is started here and ends with the run.
         memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
         threads: kernels that may run at a time; None: one per CPU that the process may use.
+        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. An
+            unfinished run goes on where it began. On a cluster, ``auto`` is the CPU.
+        gpus: of each worker of a cluster on CUDA; less than 1 for a part of one.
         overwrite: replace another checkpoint at ``out``, once the new one is complete.
         fresh: forget an unfinished run at ``out``.
         stop: set it to stop the run; the same call goes on from there.
@@ -108,6 +116,7 @@ def merge(
         executor=executor,
         memory_bytes=memory_bytes,
         threads=threads,
+        device=device,
         settings=settings,
         stop=stop,
     )
@@ -123,7 +132,7 @@ def merge(
             return ready.published(already=True)
         with staging(output, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
             with executors.start(
-                executor, plan, writer, stores, output, address=address
+                executor, plan, writer, stores, output, address=address, gpus=gpus
             ) as workers:
                 execute(plan, workers, ledger, writer, progress=progress or Quiet(), stop=stop)
             refuse_occupied(output, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
@@ -152,10 +161,12 @@ def prepare(
     executor: str = "local",
     memory_bytes: int,
     threads: int | None,
+    device: str = AUTO,
     settings: Settings | None = None,
     stop: threading.Event | None = None,
 ) -> Prepared:
     """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
+    device = choose_device(device, here=executor not in executors.ELSEWHERE)
     stores = Stores(settings, stopping=stop)
     # Stores of its own: when workers that read are ended, the ledger is still written.
     output = open_output(out, Stores(settings, stopping=stop))
@@ -164,15 +175,20 @@ def prepare(
     outputs = match(recipe, sources)
     outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
     assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
-    alone = executor in executors.ALONE
+    cpus = threads or available_cpus()
+    workers = None
+    if executor == "ray":
+        # Workers are processes: on CPUs of one each, but all that use a GPU share its process.
+        cpus, workers = (1, 1) if device == CPU else (threads or GPU_CPUS, None)
     plan = make_plan(
         recipe,
         outputs,
         out,
         memory_bytes=memory_bytes,
-        cpus=1 if alone else threads or available_cpus(),
-        workers=1 if alone else None,
-        identity=_identity(recipe, sources),
+        cpus=cpus,
+        workers=workers,
+        identity=_identity(recipe, sources, device),
+        device=device,
         part_bytes=output.part_bytes,
         buffers_parts=output.buffers_parts,
     )
@@ -215,7 +231,7 @@ def available_cpus() -> int:
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
+def _identity(recipe: Recipe, sources: Sources, device: str) -> dict[str, str]:
     """What the bytes of the output depend on. Permissions and resources are not among it."""
     settings = read_yaml(recipe.text, "recipe").value
     assert isinstance(settings, dict)
@@ -225,7 +241,7 @@ def _identity(recipe: Recipe, sources: Sources) -> dict[str, str]:
         "recipe": assets.public_text(yaml.safe_dump(settings, sort_keys=True)),
         "shardmerge": __version__,
         "compiler": f"llvmlite {llvmlite.__version__}",
-        "device": "cpu",
+        "device": device,
     }
     for name, checkpoint in sources.items():
         lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]

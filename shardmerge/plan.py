@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 from shardmerge.decode import scale_range
 from shardmerge.errors import RecipeError
+from shardmerge.kernels.device import CPU, CUDA
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
 from shardmerge.match import Outputs, OutputTensor
 from shardmerge.memory import (
-    FOOTPRINT_BYTES,
     LOCAL_WORKERS,
     REMOTE_WORKERS,
+    footprint_bytes,
     inputs_of,
     is_far,
     refs_read,
@@ -30,6 +31,9 @@ from shardmerge.memory import (
 from shardmerge.methods.api import Kind, Method, Over, Pass, info_of, levels_of
 from shardmerge.numerics import CANONICAL_BLOCK
 from shardmerge.recipe import Recipe
+
+CUDA_KERNELS = 4
+"""Calls of a CUDA device at a time: one copies in, one computes, one copies out, one gets ready."""
 
 MEASURE_ELEMENTS = 1024 * CANONICAL_BLOCK
 """Elements of one measuring task, about: larger tensors are measured by several workers."""
@@ -107,11 +111,11 @@ class Plan:
 
     Args:
         out: where the checkpoint is published.
+        device: where kernels run: ``cpu`` or ``cuda``.
         kernels: that may run at a time.
         readers: workers that may read at a time: where reading and writing share a network, half of
             them, or all would read together, then write together.
         networked: whether something is read or written over a network.
-        device: that kernels run on: ``cpu`` or ``cuda``.
         worker_bytes: memory that each worker may use for tiles.
         buffer_bytes: memory of each worker for the part that it writes.
         identity: what the output's bytes depend on, as texts; the ledger is bound to it.
@@ -124,10 +128,10 @@ class Plan:
     scopes: tuple[Scope, ...]
     tasks: tuple[Task, ...]
     workers: int
+    device: str
     kernels: int
     readers: int
     networked: bool
-    device: str
     worker_bytes: int
     buffer_bytes: int
     memory_bytes: int
@@ -153,7 +157,7 @@ class Plan:
     def peak_bytes(self) -> int:
         """The most memory the process uses, by the tasks' promises."""
         most = sorted((task.memory_bytes for task in self.tasks), reverse=True)
-        return FOOTPRINT_BYTES + sum(most[: self.workers])
+        return footprint_bytes(self.device) + sum(most[: self.workers])
 
     def scope_of(self, tensor: int, over: Over) -> int:
         """Number of the scope in which ``tensor``'s decisions over ``over`` are taken."""
@@ -172,20 +176,20 @@ def make_plan(
     memory_bytes: int,
     cpus: int,
     identity: Mapping[str, str],
+    device: str = CPU,
     part_bytes: int | None = None,
     buffers_parts: bool = False,
     workers: int | None = None,
-    device: str = "cpu",
 ) -> Plan:
     """The plan of a merge.
 
     Args:
         memory_bytes: the most memory the process may use.
-        cpus: kernels that may run at a time.
+        cpus: kernels that may run at a time; workers are as many for each, wherever kernels run.
+        device: where kernels run: ``cpu`` or ``cuda``.
         part_bytes: of the output's parts, about; None: as usual.
         buffers_parts: whether a part is in memory until it is whole.
         workers: of one process; None: as many as keep its CPUs busy.
-        device: that kernels run on.
     Raises:
         MemoryBudgetError: for a budget in which some task cannot be done.
         RecipeError: for parameters that must be the same over the model and are not.
@@ -198,8 +202,8 @@ def make_plan(
     buffer_bytes = max(parts, default=0) if buffers_parts else 0
     networked = buffers_parts or any(map(is_far, tensors))
     wanted = workers or cpus * (REMOTE_WORKERS if networked else LOCAL_WORKERS)
-    workers, worker_bytes = share_memory(tensors, memory_bytes, wanted, buffer_bytes)
-    planner = _Planner(tensors, model_scope, scopes, worker_bytes, buffer_bytes)
+    workers, worker_bytes = share_memory(tensors, memory_bytes, wanted, buffer_bytes, device)
+    planner = _Planner(tensors, model_scope, scopes, worker_bytes, buffer_bytes, device)
     tasks = tuple(planner.tasks(shards))
     return Plan(
         recipe=recipe,
@@ -209,10 +213,10 @@ def make_plan(
         scopes=scopes,
         tasks=tasks,
         workers=workers,
-        kernels=cpus,
+        device=device,
+        kernels=min(cpus, CUDA_KERNELS) if device == CUDA else cpus,
         readers=-(-workers // 2) if networked else workers,
         networked=networked,
-        device=device,
         worker_bytes=worker_bytes,
         buffer_bytes=buffer_bytes,
         memory_bytes=memory_bytes,
@@ -293,7 +297,9 @@ class _Planner:
         scopes: Sequence[Scope],
         worker_bytes: int,
         buffer_bytes: int,
+        device: str,
     ) -> None:
+        self._device = device
         self._buffer_bytes = buffer_bytes
         self._tensors = tensors
         self._model_scope = model_scope
@@ -311,7 +317,7 @@ class _Planner:
 
     def _unit(self, unit: Unit) -> Iterator[Task]:
         measured = [t for t in unit.tensors if self._has(t, Over.TENSOR)]
-        needed = max((resident_bytes(self._tensors[t]) for t in measured), default=0)
+        needed = max((resident_bytes(self._tensors[t], self._device) for t in measured), default=0)
         if measured and needed <= self._worker_bytes:
             yield self._merge(unit.parts, resident=True)
             return
@@ -398,7 +404,7 @@ class _Planner:
 
     def _tile_bytes(self, tensor: int) -> int:
         output = self._tensors[tensor]
-        return tile_bytes(output, tile_elements(output, self._worker_bytes))
+        return tile_bytes(output, tile_elements(output, self._worker_bytes, self._device))
 
     def _together_bytes(self, tensors: set[int], resident: bool) -> int:
         """Memory for tensors that are read together as far as they fit."""
@@ -408,7 +414,7 @@ class _Planner:
     def _merge_bytes(self, tensor: int, resident: bool) -> int:
         output = self._tensors[tensor]
         if resident and self._has(tensor, Over.TENSOR):
-            return resident_bytes(output)
+            return resident_bytes(output, self._device)
         return self._tile_bytes(tensor)
 
     def _next(self) -> int:

@@ -56,6 +56,7 @@ class Order:
     folder: str
     memory_bytes: int
     threads: int | None
+    device: str
     patience_minutes: float
     s3: tuple[tuple[str, str, str], ...]
     fingerprint: str
@@ -79,6 +80,7 @@ def save_order(path: str, ready: Prepared, recipe: str, threads: int | None) -> 
         folder=str(Path.cwd()),
         memory_bytes=ready.plan.memory_bytes,
         threads=threads,
+        device=ready.plan.device,
         patience_minutes=ready.stores.settings.patience_minutes,
         s3=ready.stores.settings.s3,
         fingerprint=fingerprint(ready.plan.identity),
@@ -128,6 +130,7 @@ def _prepared(order: Order, stop: threading.Event) -> Prepared:
         executor="slurm-array",
         memory_bytes=order.memory_bytes,
         threads=order.threads,
+        device=order.device,
         settings=order.settings,
         stop=stop,
     )

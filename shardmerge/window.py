@@ -21,6 +21,11 @@ class Arena:
         self._bytes = np.empty(nbytes, dtype=np.uint8)
         self._used = 0
 
+    @property
+    def memory(self) -> npt.NDArray[np.uint8]:
+        """All of it."""
+        return self._bytes
+
     def clear(self) -> None:
         """Give back every buffer."""
         self._used = 0

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from shardmerge.errors import CheckpointError
 from shardmerge.kernels.compile import LAST_INPUT_BIT, OUTPUT_BIT, Form, Kernel
+from shardmerge.kernels.device import open_device
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
 from shardmerge.layout import Piece
@@ -145,7 +146,7 @@ class Shared:
         return cls(
             plan=plan,
             stores=stores,
-            kernels=Kernels(),
+            kernels=Kernels(open_device(plan.device)),
             computing=threading.Semaphore(plan.kernels),
             reading=threading.Semaphore(plan.readers),
             stopping=threading.Event(),
@@ -165,6 +166,7 @@ class Worker:
             stopping=shared.stopping,
             arena=Arena(shared.plan.worker_bytes),
         )
+        shared.kernels.device.pin(self._context.arena.memory)
         self._writer = writer
 
     def run(self, task: Task, decided: Decided, *, attempt: int = 1) -> Done:
@@ -243,10 +245,10 @@ def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterato
     room = 0
     for piece in pieces:
         tensor = plan.tensors[piece.tensor]
-        tile = tile_elements(tensor, plan.worker_bytes)
+        tile = tile_elements(tensor, plan.worker_bytes, plan.device)
         needed = tile_bytes(tensor, tile)
         if resident and Over.TENSOR in _levels(tensor).values():
-            needed = resident_bytes(tensor)
+            needed = resident_bytes(tensor, plan.device)
         whole = piece.stop - piece.start == tensor_numel(tensor) <= tile
         if group and (needed > room or not whole):
             yield group
@@ -277,7 +279,7 @@ class _TensorRun:
         self._levels = _levels(self._tensor)
         # Without a measure over the tensor there is nothing to keep its inputs for.
         self._resident = resident and Over.TENSOR in self._levels.values()
-        self._tile = tile_elements(self._tensor, plan.worker_bytes)
+        self._tile = tile_elements(self._tensor, plan.worker_bytes, plan.device)
         numel = tensor_numel(self._tensor)
         self.window = Window(
             inputs_of(self._tensor),

@@ -1,4 +1,4 @@
-"""Real servers for the tests that ask for one; each is started once in a run."""
+"""Real servers and CUDA devices for the tests that ask for one; servers start once in a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ from collections.abc import Iterator
 
 import pytest
 
+from shardmerge.kernels import cuda_driver
 from tests.servers.api import S3Server
 from tests.servers.rgw import Rgw
 from tests.servers.slurm import Slurm
 from tests.servers.swift import Swift
+from tests.support import LACKING
 
 REQUIRED = frozenset(os.environ.get("SHARDMERGE_REQUIRE", "").split(","))
 """Components whose tests must not be skipped: a comma-separated list of fixtures' names."""
+MISSING_CUDA = LACKING()
+# What a test merges does not depend on the machine: "auto" means the CPU.
+cuda_driver.lacking = lambda: "tests use no CUDA device unless they ask for one"
+
+
+@pytest.fixture
+def real_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a CUDA device, and the test may use it."""
+    must_have("cuda", MISSING_CUDA or "")
+    monkeypatch.setattr(cuda_driver, "lacking", lambda: None)
 
 
 def must_have(component: str, reason: str) -> None:

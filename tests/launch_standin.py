@@ -1,9 +1,8 @@
-"""A stand-in for ``shardmerge``: what its launch scripts rely on, and no more.
+"""A stand-in for ``shardmerge merge``: what ``ray.sbatch`` relies on, and what it is tested by.
 
 Its recipe is JSON: how many ``nodes`` there must be, how many ``tasks`` of how many ``seconds`` to
 run. Each task that is done is a line of the file OUT; those that are there are not done again. A
-USR1, a TERM or an INT stops it, resumable: it finishes what runs and ends with 3. Its plan is the
-recipe and OUT; a worker notes its tasks in a file of its own, and publishing puts them together.
+USR1, a TERM or an INT stops it, resumable: it finishes what runs and ends with 3.
 """
 
 from __future__ import annotations
@@ -33,22 +32,6 @@ def main() -> int:
     merge.add_argument("out", type=Path)
     merge.add_argument("--executor", choices=["ray"], required=True)
     merge.add_argument("--address", required=True)
-    plan = commands.add_parser("plan")
-    plan.set_defaults(run=_plan)
-    plan.add_argument("recipe", type=Path)
-    plan.add_argument("out", type=Path)
-    plan.add_argument("--memory", required=True)
-    plan.add_argument("--save", type=Path, required=True)
-    begin = commands.add_parser("begin")
-    begin.set_defaults(run=_begin)
-    begin.add_argument("plan", type=Path)
-    worker = commands.add_parser("worker")
-    worker.set_defaults(run=_worker)
-    worker.add_argument("--slice", required=True)
-    worker.add_argument("--plan", type=Path, required=True)
-    publish = commands.add_parser("publish")
-    publish.set_defaults(run=_publish)
-    publish.add_argument("--plan", type=Path, required=True)
     options = parser.parse_args()
     status: int = options.run(options)
     return status
@@ -63,39 +46,6 @@ def _merge(options: argparse.Namespace) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told)
     return run(json.loads(options.recipe.read_text()), options.out, options.address, stop)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    recipe = json.loads(options.recipe.read_text())
-    plan = {**recipe, "out": str(options.out), "memory": options.memory}
-    options.save.write_text(json.dumps(plan))
-    return 0
-
-
-def _begin(options: argparse.Namespace) -> int:
-    Path(json.loads(options.plan.read_text())["out"] + ".parts").mkdir()
-    return 0
-
-
-def _worker(options: argparse.Namespace) -> int:
-    plan = json.loads(options.plan.read_text())
-    element, elements = map(int, options.slice.split("/"))
-    if element in plan["stop"] and "SLURM_RESTART_COUNT" not in os.environ:
-        os.kill(os.getppid(), signal.SIGUSR1)  # as Slurm does, which the script passes on
-        return 3 if signal.sigtimedwait([signal.SIGUSR1], 60) else 1
-    mine = range(element, plan["tasks"], elements)
-    text = "".join(json.dumps({"task": task, "element": element}) + "\n" for task in mine)
-    (Path(plan["out"] + ".parts") / str(element)).write_text(text)
-    return 0
-
-
-def _publish(options: argparse.Namespace) -> int:
-    plan = json.loads(options.plan.read_text())
-    done = [line for path in Path(plan["out"] + ".parts").iterdir() for line in lines(path)]
-    if sorted(each["task"] for each in done) != list(range(plan["tasks"])):
-        return 1
-    Path(plan["out"]).write_text(json.dumps(plan))
-    return 0
 
 
 def run(recipe: dict[str, Any], out: Path, address: str, stop: list[int]) -> int:
@@ -138,7 +88,4 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    # A worker waits for it, without a handler.
-    if "worker" in sys.argv[1:2]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     sys.exit(main())

@@ -19,6 +19,8 @@ import yaml
 from shardmerge import arrays, execute, layout, memory, plan, work
 from shardmerge.header import parse_header, write_header, write_index
 from shardmerge.kernels import compile as kernel_compile
+from shardmerge.kernels import cuda, cuda_code, cuda_driver, cuda_memory
+from shardmerge.kernels.device import Cpu, Device
 from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Shard
 from shardmerge.merge import prepare
@@ -31,6 +33,9 @@ from shardmerge.records import TASKS, TaskRecord
 
 if TYPE_CHECKING:
     import pytest
+
+LACKING = cuda_driver.lacking
+"""The real one: conftest puts another in its place."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -242,28 +247,40 @@ def shrink(set_: Set, *, part_bytes: int = 1024, tile_blocks: int = 4, measure_b
         set_: ``monkeypatch.setattr``, or ``setattr`` in a process of its own.
         part_bytes: at least 8 bytes for each element of a block.
     """
-    for module in (kernel_compile, work, memory, plan, layout, arrays):
+    for module in (
+        kernel_compile,
+        cuda_code,
+        cuda_memory,
+        cuda,
+        work,
+        memory,
+        plan,
+        layout,
+        arrays,
+    ):
         set_(module, "CANONICAL_BLOCK", BLOCK)
     set_(layout, "PART_BYTES", part_bytes)
     set_(layout, "LEAST_PART_BYTES", part_bytes // 12)
     set_(memory, "TILE_ELEMENTS", tile_blocks * BLOCK)
     set_(memory, "REMOTE_TILE_ELEMENTS", tile_blocks * BLOCK)
+    set_(memory, "CUDA_TILE_ELEMENTS", tile_blocks * BLOCK)
+    set_(cuda_memory, "CHUNK_ELEMENTS", 2 * BLOCK)
     set_(plan, "MEASURE_ELEMENTS", measure_blocks * BLOCK)
     set_(memory, "COMFORTABLE_BYTES", 0)
+    set_(memory, "CUDA_COMFORTABLE_BYTES", 0)
     set_(execute, "COMMIT_BYTES", 4096)
     set_(execute, "COMMIT_S", 0.02)
     set_(work, "Kernels", _shared_kernels)
     set_(arrays, "_KERNELS", _shared_kernels())
 
 
-_KERNELS: list[Kernels] = []
+_KERNELS: dict[str, Kernels] = {}
 
 
-def _shared_kernels() -> Kernels:
+def _shared_kernels(device: Device | None = None) -> Kernels:
     """Kernels of the shrunk engine, compiled once per process: all that a tiny merge costs."""
-    if not _KERNELS:
-        _KERNELS.append(Kernels())
-    return _KERNELS[0]
+    device = device or Cpu()
+    return _KERNELS.setdefault(device.name, Kernels(device))
 
 
 def plan_of(

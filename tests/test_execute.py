@@ -21,7 +21,7 @@ from shardmerge.errors import OutputError, Stopped, StoreError
 from shardmerge.execute import execute
 from shardmerge.executors.api import Executor
 from shardmerge.executors.local import LocalExecutor
-from shardmerge.kernels.compile import Kernel
+from shardmerge.kernels.compile import NativeKernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.layout import Spec, lay_out
 from shardmerge.ledger import Ledger
@@ -75,7 +75,7 @@ class TestLocalExecutor(ExecutorSuite):
         plan = self.plan(tmp_path, models, threads=2)
         assert plan.workers == 4
         running, most = Counter(), []
-        real = Kernel.__call__
+        real = NativeKernel.__call__
 
         def call(self, **arguments):
             with running:
@@ -83,7 +83,7 @@ class TestLocalExecutor(ExecutorSuite):
                 time.sleep(0.001)
                 return real(self, **arguments)
 
-        monkeypatch.setattr(Kernel, "__call__", call)
+        monkeypatch.setattr(NativeKernel, "__call__", call)
         with self.start(plan, writer) as executor:
             finish(executor, plan.tasks)
         assert max(most) <= 2

@@ -17,13 +17,20 @@ import pytest
 import yaml
 
 from shardmerge import cli, errors
-from tests import launch_standin
+from shardmerge.merge import merge
+from shardmerge.numerics import DType
+from shardmerge.outputs.local import LEDGER_FILE
+from shardmerge.report import read_records
+from shardmerge.stores import Stores
+from tests import launch_standin, support
 from tests.conftest import must_have
 from tests.launch_standin import lines
 from tests.servers.slurm import Slurm
+from tests.support import digests, recipe_of, write_checkpoint, write_recipe
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 STANDIN = Path(launch_standin.__file__)
+SLOW = STANDIN.with_name("slow_shardmerge.py")
 RUN_TIMEOUT_S = 240.0
 """Ray takes 20 seconds to start on two nodes that share two busy cores; be patient."""
 
@@ -168,53 +175,102 @@ def test_a_merge_whose_ray_is_told_to_end_can_be_resumed_and_restarts_are_limite
     job.temporary.rmdir()  # it is empty
 
 
-def array(slurm: Slurm, folder: Path, elements: int, recipe: dict[str, Any]) -> list[int]:
-    """Submit a merge by an array; numbers of its three jobs."""
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(recipe))
+@slow
+def test_a_preempted_merge_gives_the_same_bytes(slurm: Slurm, tmp_path: Path, with_ray: None):
+    """The real program: it drains, is requeued, and goes on from its ledger."""
+    recipe, expected = real_merge(tmp_path)
+    out, temporary = tmp_path / "out", Path(tempfile.mkdtemp(prefix="sm-"))
     env = {
-        "SHARDMERGE": f"{sys.executable} {STANDIN}",
-        "SHARDMERGE_SBATCH": "--cpus-per-task=1 --mem=1000 --time=30",
+        "SHARDMERGE": f"{sys.executable} {SLOW}",
+        "SHARDMERGE_TMP": str(temporary),
+        "RAY": str(Path(sys.executable).parent / "ray"),
+        # Workers import the project as the driver does.
+        "PYTHONPATH": str(LAUNCH.parent),
     }
-    said = slurm.run(str(LAUNCH / "array.sh"), path, folder / "out", str(elements), env=env)
+    options = ["--nodes=2", "--cpus-per-task=2", "--mem=6000", "--time=30"]
+    script = LAUNCH / "ray.sbatch"
+    more = ("--memory=1GiB", "--json")
+    job = slurm.submit(script, recipe, out, *more, options=options, env=env)
+    slurm.wait_for(job, "some tasks", lambda _: len(receipts(out)) > 3, RUN_TIMEOUT_S)
+    slurm.preempt(job)
+    slurm.wait_for(job, "is requeued", lambda now: now.restarts == 1, RUN_TIMEOUT_S)
+    before = receipts(out)
+    assert not (out / "model.safetensors.index.json").exists()
+    slurm.hurry(job)
+    slurm.wait(job, "COMPLETED", RUN_TIMEOUT_S)
+    assert digests(out) == expected
+    rows = read_records(str(out), Stores())
+    assert {row.process for row in rows} != {rows[0].process}
+    assert len(before) < len(rows) < len(before) + len(rows)
+    temporary.rmdir()
+
+
+def real_merge(folder: Path) -> tuple[str, dict[str, str]]:
+    """A recipe of some thirty parts, and the digests of its shards."""
+    specs = {f"model.layers.{i}.weight": (DType.BF16, (128, 1024)) for i in range(32)}
+    base, *models = (write_checkpoint(folder / f"m{i}", specs, seed=i, shards=4) for i in range(3))
+    given = {model: {"weight": 1.0, "density": 0.5} for model in models}
+    recipe = write_recipe(folder / "r.yml", recipe_of("ties", base, given))
+    merge(recipe, str(folder / "expected"))
+    return recipe, digests(folder / "expected")
+
+
+def receipts(out: Path) -> set[tuple[int, int]]:
+    return support.receipts(out) if (out / ".shardmerge" / LEDGER_FILE).exists() else set()
+
+
+def array(
+    slurm: Slurm, recipe: str, out: Path, elements: int, *, by_sbatch: bool = False
+) -> list[int]:
+    """Submit a merge by an array; numbers of its three jobs."""
+    env = {
+        "SHARDMERGE": f"{sys.executable} {SLOW}",
+        "SHARDMERGE_SBATCH": "--cpus-per-task=1 --mem=1500 --time=30",
+        "SHARDMERGE_TEST_PAUSE": "0.7",
+    }
+    script, options = LAUNCH / "array.sbatch", ["--cpus-per-task=1", "--mem=100", "--time=30"]
+    if by_sbatch:
+        job = slurm.submit(script, recipe, out, str(elements), options=options, env=env)
+        slurm.wait(job, "COMPLETED")
+        said = slurm.output(job)
+    else:
+        said = slurm.run(str(script), recipe, out, str(elements), env=env)
     return [int(each) for each in re.findall(r"(?:job|array) (\d+)", said)]
 
 
+@slow
 def test_an_array_plans_works_and_publishes(slurm: Slurm, tmp_path: Path):
-    _, elements, publish = array(slurm, tmp_path, 3, {"tasks": 20, "stop": [1]})
-    slurm.wait_for(f"{elements}_1", "is requeued", lambda now: now.restarts == 1)
+    recipe, expected = real_merge(tmp_path)
+    out = tmp_path / "out"
+    _, elements, publish = array(slurm, recipe, out, 3, by_sbatch=True)
+    element = f"{elements}_1"
+    ledger = out / ".shardmerge" / "ledger-1-of-3.jsonl"
+    slurm.wait_for(
+        element, "has begun", lambda _: ledger.exists() and '"part"' in ledger.read_text()
+    )
+    slurm.run("scancel", "--batch", "--signal=USR1", element)
+    slurm.wait_for(element, "is requeued", lambda now: now.restarts == 1)
     slurm.wait(f"{elements}_0", "COMPLETED")
     slurm.wait(f"{elements}_2", "COMPLETED")
     assert slurm.job(publish).state == "PENDING"
-    slurm.hurry(f"{elements}_1")
+    assert not list(out.glob("*.safetensors"))
+    slurm.hurry(element)
     slurm.wait(publish, "COMPLETED")
-    # What the job may use, less a fifth.
-    assert json.loads((tmp_path / "out").read_text())["memory"] == "800MiB"
+    assert digests(out) == expected
 
 
+@slow
 def test_an_array_whose_plan_fails_ends(slurm: Slurm, tmp_path: Path):
-    (tmp_path / "out.parts").mkdir()  # the stand-in refuses to begin
-    plan, elements, publish = array(slurm, tmp_path, 2, {"tasks": 20, "stop": []})
-    slurm.wait(plan, "FAILED")
+    recipe = write_recipe(tmp_path / "r.yml", {"merge_method": "nearly_linear"})
+    plan, elements, publish = array(slurm, recipe, tmp_path / "out", 2)
+    assert slurm.wait(plan, "FAILED").exit_code == 2
     slurm.wait(publish, "CANCELLED")
     assert slurm.job(elements).state == "CANCELLED"
 
 
 # --- what the files say -------------------------------------------------------------------------
 
-SCRIPTS = ["ray.sbatch", "array.sh"]
-
-NOT_YET = {
-    ("merge", "--address"),
-    ("plan", "--save"),
-    ("begin", ""),
-    ("worker", ""),
-    ("worker", "--plan"),
-    ("worker", "--slice"),
-    ("publish", ""),
-    ("publish", "--plan"),
-}
-"""What the scripts use and the command line does not have yet; '' is the command itself."""
+SCRIPTS = ["ray.sbatch", "array.sbatch"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -246,7 +302,7 @@ def used() -> set[tuple[str, str]]:
     """Commands of shardmerge in the files, each alone and with each of its options."""
     command = r'(?:shardmerge|\$SHARDMERGE|"\$\{shardmerge\[@\]\}") ([a-z]+)\b'
     more = r"([^\n]*(?:\n +--[^\n]*)*)"
-    found = {("plan", "--memory")}  # array.sh puts it together
+    found = {("plan", "--memory")}  # array.sbatch puts it together
     for path in LAUNCH.iterdir():
         for name, rest in re.findall(command + more, path.read_text()):
             if name in COMMANDS:
@@ -254,7 +310,7 @@ def used() -> set[tuple[str, str]]:
     return found
 
 
-COMMANDS = {"merge", "plan", "begin", "worker", "publish", "verify", "clean"}
+COMMANDS = {"merge", "plan", "worker", "publish", "verify", "clean"}
 
 
 def test_the_files_use_what_the_command_line_has():
@@ -266,8 +322,8 @@ def test_the_files_use_what_the_command_line_has():
         for name, parser in commands.choices.items()
         for option in ["", *parser._option_string_actions]
     }
-    assert {(name, "") for name in ("merge", "plan", "begin", "worker", "publish")} < used()
-    assert used() - there == NOT_YET
+    assert {(name, "") for name in ("merge", "plan", "worker", "publish")} < used()
+    assert used() <= there
 
 
 def test_a_rayjob_asks_for_what_it_uses():

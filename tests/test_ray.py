@@ -186,7 +186,7 @@ class TestRayExecutor(ExecutorSuite):
         """Every test of the suite runs on the cluster."""
 
     def start(self, plan: Plan, writer: ShardWriter) -> Executor:
-        return ray_executor.RayExecutor(plan, writer, Stores(), LocalOutput(Path(plan.out)), None)
+        return ray_executor.RayExecutor(plan, writer, Stores(), LocalOutput(Path(plan.out)))
 
 
 def test_a_merge_gives_the_bytes_of_a_local_one(joined, tmp_path, recipe):
@@ -336,7 +336,7 @@ def test_nodes_with_other_versions(joined, tmp_path, recipe, monkeypatch):
 
 
 def test_a_cluster_that_never_can(joined, tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr(ray_executor, "need_of", lambda plan: placement.Need(64.0, 2**30))
+    monkeypatch.setattr(ray_executor, "need_of", lambda *_: placement.Need(64.0, 2**30))
     with pytest.raises(ClusterError, match="no node of the cluster can ever run a worker") as told:
         run(recipe, tmp_path / "out")
     assert "64 CPU, 1.00 GiB" in str(told.value)

@@ -15,8 +15,8 @@ from shardmerge.stores import Stores
 
 NAMES = ("local", "ray")
 """What ``start`` knows, as on the command line."""
-ALONE = frozenset({"ray"})
-"""Those whose workers are processes of their own, so that the memory given is that of each."""
+ELSEWHERE = frozenset({"ray", "slurm-array"})
+"""Those whose tasks run on other machines than the one that plans. Arrays are ``slices``'."""
 
 
 def start(
@@ -27,11 +27,13 @@ def start(
     output: Output,
     *,
     address: str | None = None,
+    gpus: float = 1.0,
 ) -> Executor:
     """A place that runs the tasks of a plan.
 
     Args:
         address: of a cluster; None for one that ends with the run.
+        gpus: of each of its workers on CUDA.
     Raises:
         UsageError: for a name that is not known, or whose packages are not installed.
     """
@@ -44,5 +46,5 @@ def start(
             raise UsageError(
                 f"--executor ray needs the package {problem.name}: pip install 'shardmerge[ray]'"
             ) from problem
-        return RayExecutor(plan, writer, stores, output, address)
+        return RayExecutor(plan, writer, stores, output, address=address, gpus=gpus)
     raise UsageError(f"no executor '{name}'; there are {', '.join(NAMES)}")

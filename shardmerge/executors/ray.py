@@ -37,6 +37,7 @@ from shardmerge.executors.node import Failed, Job
 from shardmerge.executors.placement import Need, Pace, Place, Placement, Unit
 from shardmerge.executors.ray_cluster import Nodes, connect, pinned
 from shardmerge.executors.ray_worker import HolderActor, WatchActor, run_unit
+from shardmerge.kernels.device import CUDA
 from shardmerge.memory import LOCAL_WORKERS, REMOTE_WORKERS, inputs_of
 from shardmerge.outputs.api import Output, ShardWriter
 from shardmerge.plan import MeasureTask, Plan, Task
@@ -85,17 +86,25 @@ class RayExecutor:
 
     Args:
         address: of a cluster that runs; None for one that ends with the run.
+        gpus: of each worker on CUDA; less than 1 for a part of one.
     Raises:
         UsageError: there is no cluster at ``address``, or a source is only in this process.
         ClusterError: its nodes cannot work for this plan.
     """
 
     def __init__(
-        self, plan: Plan, writer: ShardWriter, stores: Stores, output: Output, address: str | None
+        self,
+        plan: Plan,
+        writer: ShardWriter,
+        stores: Stores,
+        output: Output,
+        *,
+        address: str | None = None,
+        gpus: float = 1.0,
     ) -> None:
         _refuse_memory(plan)
         self._plan = plan
-        self._need = need_of(plan)
+        self._need = need_of(plan, gpus)
         self._leaves = connect(address)
         self._run = uuid.uuid4().hex
         self._placement = Placement(whole_shards=output.whole_shards)
@@ -413,10 +422,10 @@ class RayExecutor:
         return "\n".join(lines)
 
 
-def need_of(plan: Plan) -> Need:
+def need_of(plan: Plan, gpus: float) -> Need:
     """What one worker of a plan takes."""
-    if plan.device == "cuda":
-        return Need(cpus=1.0, memory_bytes=plan.peak_bytes, gpus=1.0)
+    if plan.device == CUDA:
+        return Need(cpus=float(plan.kernels), memory_bytes=plan.peak_bytes, gpus=gpus)
     # Several to a CPU, so that some read and write while others compute.
     each = REMOTE_WORKERS if plan.networked else LOCAL_WORKERS
     return Need(cpus=1.0 / each, memory_bytes=plan.peak_bytes)

@@ -11,6 +11,7 @@ import ctypes
 import enum
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import llvmlite.binding as binding
 import numpy as np
@@ -33,7 +34,8 @@ LAST_INPUT_BIT = 62
 OUTPUT_BIT = 63
 """Bit of a map's answer: the output holds NaN or infinity."""
 
-_OUTPUT = -1  # in the place of an input's number
+OUTPUT = -1
+"""The output, in the place of an input's number."""
 
 _I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 _F64 = ir.DoubleType()
@@ -70,24 +72,20 @@ class Form(enum.Enum):
     HISTOGRAMS = "histograms"
 
 
-class Kernel:
-    """A compiled pass.
+class Kernel(Protocol):
+    """A compiled pass, for whatever runs it."""
 
-    Args:
-        form: what it gives.
-        width: number of totals or histograms; 1 for a map.
-        inputs: numbers of the task's tensors that it reads; the others may have any address.
-        engine: owner of the machine code.
-    """
+    @property
+    def form(self) -> Form:
+        """What it gives."""
 
-    def __init__(
-        self, form: Form, width: int, inputs: tuple[int, ...], engine: binding.ExecutionEngine
-    ) -> None:
-        self.form = form
-        self.width = width
-        self.inputs = inputs
-        self._engine = engine
-        self._call = _CALL(engine.get_function_address("kernel"))
+    @property
+    def width(self) -> int:
+        """Number of totals or histograms; 1 for a map."""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Numbers of the task's tensors that it reads; the others may have any address."""
 
     def __call__(
         self,
@@ -111,6 +109,35 @@ class Kernel:
         Returns:
             for a map, which inputs (and output: ``OUTPUT_BIT``) hold NaN or infinity; else 0.
         """
+
+
+class NativeKernel:
+    """A pass compiled for this processor.
+
+    Args:
+        engine: owner of the machine code.
+    """
+
+    def __init__(
+        self, form: Form, width: int, inputs: tuple[int, ...], engine: binding.ExecutionEngine
+    ) -> None:
+        self.form = form
+        self.width = width
+        self.inputs = inputs
+        self._engine = engine
+        self._call = _CALL(engine.get_function_address("kernel"))
+
+    def __call__(
+        self,
+        *,
+        count: int,
+        first: int,
+        inputs: Sequence[int],
+        parameters: npt.NDArray[np.float64],
+        keys: npt.NDArray[np.uint32],
+        output: Array,
+    ) -> int:
+        """Run over ``count`` elements; see ``Kernel``."""
         addresses = (ctypes.c_void_p * max(1, len(inputs)))(*inputs)
         bits = self._call(
             count,
@@ -127,7 +154,7 @@ class _Loop:
     """The function's frame: a loop over vectors, then one over the elements that are left."""
 
     def __init__(self, results: Sequence[Expr], dtypes: Sequence[DType]) -> None:
-        self.random_models = max((int(x.value) + 1 for x in _leaves(results, "random")), default=0)
+        self.random_models = random_models_of(results)
         self.module = ir.Module("shardmerge")
         self.function = ir.Function(self.module, _SIGNATURE, "kernel")
         self.count, self.first, inputs, self.parameters, self.keys, self.output = self.function.args
@@ -143,21 +170,7 @@ class _Loop:
         self, start: ir.Value, stop: ir.Value, step: int, body: Callable[[ir.Value], None]
     ) -> None:
         """``for index in range(start, stop, step): body(index)``."""
-        b = self.b
-        before = b.block
-        head = b.append_basic_block("head")
-        inside = b.append_basic_block("body")
-        after = b.append_basic_block("after")
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(_I64)
-        index.add_incoming(start, before)
-        b.cbranch(b.icmp_signed("<", index, stop), inside, after)
-        b.position_at_end(inside)
-        body(index)
-        index.add_incoming(b.add(index, ir.Constant(_I64, step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
+        loop_over(self.b, start, stop, ir.Constant(_I64, step), body)
 
     def elements(
         self, start: ir.Value, stop: ir.Value, body: Callable[[Emitter, ir.Value], None]
@@ -181,8 +194,8 @@ class _Loop:
             random_models=self.random_models,
         )
 
-    def compiled(self, form: Form, width: int, inputs: tuple[int, ...]) -> Kernel:
-        with _COMPILER:
+    def compiled(self, form: Form, width: int, inputs: tuple[int, ...]) -> NativeKernel:
+        with COMPILER:
             module = binding.parse_assembly(str(self.module))
             module.triple = _target().triple
             machine = _target().create_target_machine(
@@ -195,10 +208,35 @@ class _Loop:
             passes.getModulePassManager().run(module, passes)
             engine = binding.create_mcjit_compiler(module, machine)
             engine.finalize_object()
-            return Kernel(form, width, inputs, engine)
+            return NativeKernel(form, width, inputs, engine)
 
 
-_COMPILER = threading.Lock()  # LLVM's global state is not safe to use from two threads
+COMPILER = threading.Lock()
+"""Held while compiling: LLVM's global state is not safe to use from two threads."""
+
+
+def loop_over(
+    b: ir.IRBuilder,
+    start: ir.Value,
+    stop: ir.Value,
+    step: ir.Value,
+    body: Callable[[ir.Value], None],
+) -> None:
+    """Write ``for index in range(start, stop, step): body(index)``."""
+    before = b.block
+    head = b.append_basic_block("head")
+    inside = b.append_basic_block("body")
+    after = b.append_basic_block("after")
+    b.branch(head)
+    b.position_at_end(head)
+    index = b.phi(_I64)
+    index.add_incoming(start, before)
+    b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+    b.position_at_end(inside)
+    body(index)
+    index.add_incoming(b.add(index, step), b.block)
+    b.branch(head)
+    b.position_at_end(after)
 
 
 def _target() -> binding.Target:
@@ -225,6 +263,11 @@ def inputs_of(results: Sequence[Expr]) -> tuple[int, ...]:
     return tuple(sorted({int(x.value) for x in _leaves(results, "input")}))
 
 
+def random_models_of(results: Sequence[Expr]) -> int:
+    """Number of models whose random numbers ``results`` may read: those up to the last."""
+    return max((int(x.value) + 1 for x in _leaves(results, "random")), default=0)
+
+
 def compile_map(result: Expr, dtypes: Sequence[DType], output: DType) -> Kernel:
     """A kernel that writes ``result``, rounded once to ``output``, for every element.
 
@@ -237,34 +280,34 @@ def compile_map(result: Expr, dtypes: Sequence[DType], output: DType) -> Kernel:
     b.store(ir.Constant(_I64, 0), flags)
     vector = ir.VectorType(_I8, LANES)
     # One accumulator per input keeps the loop free of branches; they become registers.
-    bad = {number: b.alloca(vector) for number in (*inputs, _OUTPUT)}
+    bad = {number: b.alloca(vector) for number in (*inputs, OUTPUT)}
     for place in bad.values():
         b.store(ir.Constant(vector, [0] * LANES), place)
 
     def body(emit: Emitter, index: ir.Value) -> None:
         value = emit.emit(result)
-        found = {_OUTPUT: emit.store(value, loop.output, output)}
+        found = {OUTPUT: emit.store(value, loop.output, output)}
         found |= {number: emit.non_finite(number) for number in inputs}
         for number, condition in found.items():
             if emit.lanes == LANES:
                 seen = b.or_(b.load(bad[number]), b.zext(condition, vector))
                 b.store(seen, bad[number])
             else:
-                b.store(_flagged(b, b.load(flags), condition, number), flags)
+                b.store(flagged(b, b.load(flags), condition, number), flags)
 
     loop.elements(ir.Constant(_I64, 0), loop.count, body)
     total = b.load(flags)
     for number, place in bad.items():
         packed = b.bitcast(b.load(place), ir.IntType(8 * LANES))
         some = b.icmp_unsigned("!=", packed, ir.Constant(ir.IntType(8 * LANES), 0))
-        total = _flagged(b, total, some, number)
+        total = flagged(b, total, some, number)
     b.ret(total)
     return loop.compiled(Form.MAP, 1, inputs)
 
 
-def _flagged(b: ir.IRBuilder, flags: ir.Value, condition: ir.Value, number: int) -> ir.Value:
+def flagged(b: ir.IRBuilder, flags: ir.Value, condition: ir.Value, number: int) -> ir.Value:
     """``flags`` with the bit of an input (or the output) set where ``condition`` holds."""
-    bit = OUTPUT_BIT if number == _OUTPUT else min(number, LAST_INPUT_BIT)
+    bit = OUTPUT_BIT if number == OUTPUT else min(number, LAST_INPUT_BIT)
     signed = (1 << bit) - (1 << 64 if bit == 63 else 0)
     return b.or_(flags, b.select(condition, ir.Constant(_I64, signed), ir.Constant(_I64, 0)))
 

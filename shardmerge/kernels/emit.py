@@ -19,11 +19,17 @@ _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _SCALAR = {Type.F32: _F32, Type.F64: _F64, Type.U32: _I32, Type.BOOL: _I1}
 _STORED = {DType.BF16: _I16, DType.F16: _I16, DType.F32: _F32, DType.F64: _F64}
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
+_QUIET_NAN = 0x7FC00000
 _INFINITY = {DType.F32: 0x7F800000, DType.F64: 0x7FF0000000000000}
 
 
 class Emitter:
-    """Writes the instructions of expressions for ``lanes`` elements from ``index`` on."""
+    """Writes the instructions of expressions for ``lanes`` elements from ``index`` on.
+
+    Args:
+        aligned: elements, a power of two: ``index`` and the start of inputs and output are
+            multiples of them.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class Emitter:
         parameters: ir.Value,
         keys: ir.Value,
         random_models: int,
+        aligned: int = 1,
     ) -> None:
         self.b = builder
         self.lanes = lanes
@@ -45,6 +52,7 @@ class Emitter:
         self.parameters = parameters
         self.keys = keys
         self.random_models = random_models
+        self.aligned = aligned
         self._drawn: ir.Value | None = None
         self._done: dict[int, ir.Value] = {}
         self._magnitudes: dict[int, ir.Value] = {}
@@ -104,7 +112,7 @@ class Emitter:
         stored = _STORED[dtype]
         place = self.b.gep(self.b.bitcast(pointer, stored.as_pointer()), [self.index])
         vector = self.b.bitcast(place, self.type_of(stored).as_pointer())
-        raw = self.b.load(vector, align=dtype.itemsize)
+        raw = self.b.load(vector, align=dtype.itemsize * self.aligned)
         value = self._from_stored(raw, dtype)
         self._magnitudes[int(x.value)] = self._magnitude_bits(value)
         return self._convert(value, x.type)
@@ -162,7 +170,11 @@ class Emitter:
         return self.b.bitcast(bits, self.type_of(_SCALAR[x.type]))
 
     def _bits(self, _: Expr, a: ir.Value) -> ir.Value:
-        return self.b.bitcast(a, self.type_of(_I32))
+        """Bits of a magnitude. Every NaN that arithmetic gives has those of one: what else its
+        bits hold differs between processors, and counts must not.
+        """
+        bits, nan = self.b.bitcast(a, self.type_of(_I32)), self.constant(_I32, _QUIET_NAN)
+        return self.b.select(self.b.icmp_unsigned("<", bits, nan), bits, nan)
 
     def _shr(self, x: Expr, a: ir.Value) -> ir.Value:
         return self.b.lshr(a, self.constant(_I32, int(x.value)))
@@ -228,7 +240,7 @@ class Emitter:
             bad = self.b.icmp_unsigned(">=", bits, self.constant(integer, _INFINITY[dtype]))
         place = self.b.gep(self.b.bitcast(pointer, stored.as_pointer()), [self.index])
         vector = self.b.bitcast(place, self.type_of(stored).as_pointer())
-        self.b.store(raw, vector, align=dtype.itemsize)
+        self.b.store(raw, vector, align=dtype.itemsize * self.aligned)
         return bad
 
     def _round_to_odd(self, value: ir.Value) -> ir.Value:

@@ -15,12 +15,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.kernels.compile import (
-    Kernel,
-    compile_histograms,
-    compile_map,
-    compile_totals,
-)
+from shardmerge.kernels.compile import Kernel
+from shardmerge.kernels.device import Cpu, Device
 from shardmerge.kernels.language import Expr, Histograms, Tile, Totals, Type, parameter
 from shardmerge.methods.api import Decisions, Method, Pass
 from shardmerge.numerics import DType
@@ -107,9 +103,10 @@ def _static(method: Method) -> tuple[object, ...]:
 
 
 class Kernels:
-    """Compiled kernels, each made once."""
+    """Compiled kernels of one device (None: this machine's CPUs), each made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device | None = None) -> None:
+        self.device: Device = device or Cpu()
         self._made: dict[object, Kernel] = {}
         self._lock = threading.Lock()
 
@@ -130,21 +127,26 @@ class Kernels:
         key = (type(method), step.name, _static(method), inputs, lengths, output)
         with self._lock:
             if key not in self._made:
-                self._made[key] = _compile(method, step, inputs, decisions, output)
+                self._made[key] = _compile(method, step, inputs, decisions, output, self.device)
             return self._made[key]
 
 
 def _compile(
-    method: Method, step: Pass, inputs: Inputs, decisions: Decisions, output: DType | None
+    method: Method,
+    step: Pass,
+    inputs: Inputs,
+    decisions: Decisions,
+    output: DType | None,
+    device: Device,
 ) -> Kernel:
     symbols = iter(range(2**31))
     symbolic, given = _substitute(method, step, decisions, lambda _: parameter(next(symbols)))
     result: Expr | Totals | Histograms = step.function(symbolic, inputs.tile(), *given)
     dtypes: Sequence[DType] = inputs.dtypes
     if isinstance(result, Totals):
-        return compile_totals(result, dtypes)
+        return device.compile_totals(result, dtypes)
     if isinstance(result, Histograms):
-        return compile_histograms(result, dtypes)
+        return device.compile_histograms(result, dtypes)
     if output is None:
         raise TypeError(f"{step.name} returns values, but nothing is to be written")
-    return compile_map(result, dtypes, output)
+    return device.compile_map(result, dtypes, output)
