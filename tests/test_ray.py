@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from shardmerge.stores import Stores
 from tests import support
 from tests.executor_suite import ExecutorSuite
 from tests.ray_worker import GATES, SHRINK
+from tests.servers.processes import free_ports
 from tests.support import SEVERAL_DTYPES, digests, recipe_of, write_checkpoint, write_recipe
 
 ray = pytest.importorskip("ray")
@@ -46,7 +49,8 @@ class Cluster:
         from ray.cluster_utils import Cluster as Real
 
         self._small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        self.real = Real(initialize_head=True, head_node_args={"num_cpus": 0, **self._small})
+        head = {"num_cpus": 0, "ray_client_server_port": free_ports(1)[0], **self._small}
+        self.real = Real(initialize_head=True, head_node_args=head)
         for _ in range(2):
             self.add()
         self.real.wait_for_nodes()
@@ -54,6 +58,12 @@ class Cluster:
     @property
     def address(self) -> str:
         return str(self.real.address)
+
+    @property
+    def client_address(self) -> str:
+        """For drivers that are no part of the cluster."""
+        host = self.address.partition(":")[0]
+        return f"ray://{host}:{self.real.head_node._ray_params.ray_client_server_port}"
 
     def add(self, **resources: Any) -> Any:
         given = {"num_cpus": 2, "memory": 4 * 2**30, **resources}
@@ -73,6 +83,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "5",
+        "RAY_metrics_report_interval_ms": "500",
     }
     before = dict(os.environ)
     os.environ.update(given)
@@ -306,6 +317,72 @@ def test_a_stop_lets_what_runs_end(joined, tmp_path, recipe, gates, monkeypatch)
     run(recipe, tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
     assert [task for task, _ in gates.begun()].count(tasks[0]) == 1
+
+
+def test_processes_that_hold_gpus(joined, tmp_path, recipe, gates, monkeypatch):
+    """Two to a GPU, which the cluster only believes to have; one is killed, and comes back."""
+    monkeypatch.setattr(placement, "UNIT_TASKS", 1)
+    merge(recipe, str(tmp_path / "local"))
+    needed = placement.Need(0.5, 2**29, gpus=0.5)
+    monkeypatch.setattr(ray_executor, "need_of", lambda *_: needed)
+    victim = merge_tasks(recipe, tmp_path / "out")[2]
+    gates.hold(victim)
+    node = joined.add(num_gpus=1)
+    try:
+        running = Background(recipe, tmp_path / "out")
+        process, held_on = gates.wait_for(victim, running)
+        assert held_on == node.node_id
+        os.kill(process, signal.SIGKILL)
+        gates.open(victim)
+        running.end()
+    finally:
+        joined.real.remove_node(node)
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    rows = read_records(str(tmp_path / "out"), Stores())
+    assert len({row.process for row in rows}) <= 3
+    assert [row.attempt > 1 for row in rows if row.task == victim] == [True]
+
+
+def test_a_standstill_is_told(joined, tmp_path, recipe, gates, monkeypatch, caplog):
+    monkeypatch.setattr(ray_executor, "QUIET_S", 1.0)
+    victim = merge_tasks(recipe, tmp_path / "out")[0]
+    gates.hold(victim)
+    running = Background(recipe, tmp_path / "out")
+    gates.wait_for(victim, running)
+    wait_until(lambda: "running\n  the unit of" in caplog.text, "the user is told")
+    gates.open(victim)
+    running.end()
+    assert "no task has ended for 1 s" in caplog.text
+
+
+def test_metrics_are_counted(joined, tmp_path, recipe):
+    run(recipe, tmp_path / "out")
+    plan = support.plan_of(recipe, tmp_path / "out", memory_bytes=MEMORY_BYTES)
+    written = re.compile(r"^ray_shardmerge_written_bytes_total\{.*\} (\S+)$", re.MULTILINE)
+
+    def counted() -> float:
+        found = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    found += written.findall(answer.read().decode())
+        return sum(map(float, found))
+
+    wait_until(lambda: counted() >= plan.output_bytes, "every byte is counted")
+
+
+def test_a_driver_outside_of_the_cluster(cluster, tmp_path, recipe):
+    merge(recipe, str(tmp_path / "local"))
+    command = ["-m", "shardmerge", "merge", recipe, str(tmp_path / "out"), "--executor", "ray"]
+    more = ["--address", cluster.client_address, "--memory", "1GiB", "--json"]
+    done = subprocess.run(
+        [sys.executable, *command, *more], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert done.returncode == 0, done.stderr
+    [told] = done.stdout.splitlines()
+    assert json.loads(told)["tensors"] == len(SEVERAL_DTYPES)
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
 
 
 # --- what is refused before any task --------------------------------------------------------------
