@@ -13,17 +13,19 @@ files, in the order of the data:
     plan        HOW: tasks, what each reads, keeps in memory and writes (memory: the sizes)
     execute     RUN: which task next, what is durable, when to stop
     work        one task: read a tile, run a kernel, write a tile (window, decode, summaries)
+    records     what became of each task: where, when, how long, how much memory
     ledger      which parts are written and what was decided
     outputs     TO: places that a checkpoint is published at: parts, journal, lock, names
     staging     OUT before it is published: is it free, what is there already
     publish     SHOW: check coverage, name the shards, write the index last (assets: small files)
     methods     one file per merge method
-    kernels     a method's arithmetic, compiled to native loops
+    kernels     a method's arithmetic, compiled to native loops and to CUDA
     stores      places that bytes are read from: ranges, checked and repeated
-    executors   places to run tasks
+    executors   places to run tasks: threads here, a Ray cluster (placement, node: its decisions)
+    slices      the same merge as an array of jobs that never talk to each other
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
-    verify, diff, describe, progress, cli: looking at checkpoints, and the command line
+    verify, diff, report, describe, progress, cli: looking at checkpoints, and the command line
 """
 
 __version__ = "0.1.0"

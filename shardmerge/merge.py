@@ -109,6 +109,7 @@ def merge(
     Raises:
         ShardmergeError: for everything that a user can mend.
     """
+    executors.refuse_array(executor)
     stop = stop or threading.Event()
     ready = prepare(
         recipe,

@@ -707,3 +707,11 @@ def test_only_what_is_needed_is_imported(family: Callable[..., None]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[1:] == [""], done.stderr
+
+
+def test_an_array_is_several_commands(capsys: Capture, family: Callable[..., None]) -> None:
+    family(HALVES)
+    assert main(["merge", recipe(LINEAR), "out", "--executor", "slurm-array"]) == 2
+    told = capsys.readouterr().err
+    assert "sbatch launch/array.sbatch" in told and "publish --plan" in told
+    assert not Path("out").exists()

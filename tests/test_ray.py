@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -28,14 +29,15 @@ from shardmerge.plan import MergeTask, Plan
 from shardmerge.report import read_records
 from shardmerge.stores import Stores
 from tests import support
+from tests.conftest import REQUIRED
 from tests.executor_suite import ExecutorSuite
 from tests.ray_worker import GATES, SHRINK
 from tests.servers.processes import free_ports
 from tests.support import SEVERAL_DTYPES, digests, recipe_of, write_checkpoint, write_recipe
 
-ray = pytest.importorskip("ray")
-ray_cluster = pytest.importorskip("shardmerge.executors.ray_cluster")
-ray_executor = pytest.importorskip("shardmerge.executors.ray")
+ray = importlib.import_module("ray") if "ray" in REQUIRED else pytest.importorskip("ray")
+ray_cluster = importlib.import_module("shardmerge.executors.ray_cluster")
+ray_executor = importlib.import_module("shardmerge.executors.ray")
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 120.0

@@ -48,3 +48,19 @@ def start(
             ) from problem
         return RayExecutor(plan, writer, stores, output, address=address, gpus=gpus)
     raise UsageError(f"no executor '{name}'; there are {', '.join(NAMES)}")
+
+
+def refuse_array(name: str) -> None:
+    """Refuse to run an array of jobs from one process.
+
+    Raises:
+        UsageError: with the commands that do.
+    """
+    if name == "slurm-array":
+        raise UsageError(
+            "--executor slurm-array is a merge of several jobs, which one command cannot run:\n"
+            "  sbatch launch/array.sbatch RECIPE OUT N submits all of them. They are\n"
+            "  shardmerge plan RECIPE OUT --executor slurm-array --save PLAN, then for each I\n"
+            "  shardmerge worker --plan PLAN --slice I/N, and at last\n"
+            "  shardmerge publish --plan PLAN."
+        )
