@@ -30,7 +30,7 @@ from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_o
 from shardmerge.outputs.api import STAGING, PartKey
 from shardmerge.plan import MeasureTask
 from shardmerge.progress import Quiet, counted
-from shardmerge.publish import Published
+from shardmerge.publish import CLEARED, Published
 from shardmerge.staging import is_published, refuse_sources, staging
 from shardmerge.stores import Settings, is_remote
 from shardmerge.summaries import Summary, Summing, settle
@@ -218,6 +218,10 @@ def work_slice(
         closing(output.writer(plan.shards, main.handles)) as writer,
         executors.start("local", plan, writer, ready.stores, output) as workers,
     ):
+        found = output.survey(
+            plan.shards, ledger.receipts, main.handles, cleared=CLEARED in main.events
+        )
+        ledger.forget(found.lost)
         ledger.decisions = {**main.decisions, **ledger.decisions}
         _Agreement(ready, ledger, workers, index, count, stop).reach()
         own = share(plan.shards, count, whole_shards=output.whole_shards)[index]

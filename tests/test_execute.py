@@ -26,16 +26,20 @@ from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.layout import Spec, lay_out
 from shardmerge.ledger import Ledger
 from shardmerge.numerics import DType
-from shardmerge.outputs.api import STAGING, Receipt, ShardWriter
+from shardmerge.outputs.api import STAGING, Output, Receipt, ShardWriter
 from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.outputs.local import LocalJournal, LocalOutput
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
 from shardmerge.progress import Quiet
 from shardmerge.stores import Range, Stores
 from shardmerge.stores.local import LocalStore
+from shardmerge.testing.executors import (
+    SAFE_S,
+    ExecutorSuite,
+    finish,
+)
 from shardmerge.work import Decided, Done
 from tests import support
-from tests.executor_suite import SAFE_S, ExecutorSuite, finish
 from tests.support import RAN
 from tests.test_plan import WAYS, least_bytes, outputs_of, planned
 from tests.test_plan import recipe_of as recipe_on_paper
@@ -50,13 +54,13 @@ def small_engine(monkeypatch):
 
 
 class TestLocalExecutor(ExecutorSuite):
-    def start(self, plan: Plan, writer: ShardWriter) -> Executor:
+    def start(self, plan: Plan, writer: ShardWriter, output: Output) -> Executor:
         return LocalExecutor(plan, writer, Stores())
 
     def test_a_running_task_ends_between_two_tiles(self, tmp_path, models, writer, monkeypatch):
         plan = self.plan(tmp_path, models, threads=1)
         reads = Gate(monkeypatch)
-        with self.start(plan, writer) as executor:
+        with self.started(plan, writer) as executor:
             for task in plan.tasks:
                 executor.submit(task, {})
             reads.wait_for(plan.workers)
@@ -84,13 +88,13 @@ class TestLocalExecutor(ExecutorSuite):
                 return real(self, **arguments)
 
         monkeypatch.setattr(NativeKernel, "__call__", call)
-        with self.start(plan, writer) as executor:
+        with self.started(plan, writer) as executor:
             finish(executor, plan.tasks)
         assert max(most) <= 2
 
     def test_its_threads_end_with_it(self, tmp_path, models, writer):
         before = threading.active_count()
-        with self.start(self.plan(tmp_path, models), writer):
+        with self.started(self.plan(tmp_path, models), writer):
             assert threading.active_count() > before
         assert threading.active_count() == before
 
@@ -469,7 +473,7 @@ def test_a_part_that_ends_after_a_sync_is_synced_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fdatasync", lambda file: calls.append("sync"))
     ledger = Ledger(LocalOutput(tmp_path).journal(), {})
-    with closing(LocalOutput(tmp_path).writer(shards, {})) as writer:
+    with closing(LocalOutput(tmp_path).writer(shards, {0: "made"})) as writer:
         part = writer.part(shards[0].parts[0])
         part.write(shards[0].header)
         with execute_module._Committer(ledger, writer) as committer:

@@ -23,14 +23,13 @@ from shardmerge.executors import placement
 from shardmerge.executors.api import Executor
 from shardmerge.executors.node import versions
 from shardmerge.merge import merge
-from shardmerge.outputs.api import ShardWriter
-from shardmerge.outputs.local import LocalOutput
+from shardmerge.outputs.api import Output, ShardWriter
 from shardmerge.plan import MergeTask, Plan
 from shardmerge.report import read_records
 from shardmerge.stores import Stores
+from shardmerge.testing.executors import ExecutorSuite
 from tests import support
 from tests.conftest import REQUIRED
-from tests.executor_suite import ExecutorSuite
 from tests.ray_worker import GATES, SHRINK
 from tests.servers.processes import free_ports
 from tests.support import SEVERAL_DTYPES, digests, recipe_of, write_checkpoint, write_recipe
@@ -198,8 +197,8 @@ class TestRayExecutor(ExecutorSuite):
     def _on(self, joined) -> None:
         """Every test of the suite runs on the cluster."""
 
-    def start(self, plan: Plan, writer: ShardWriter) -> Executor:
-        return ray_executor.RayExecutor(plan, writer, Stores(), LocalOutput(Path(plan.out)))
+    def start(self, plan: Plan, writer: ShardWriter, output: Output) -> Executor:
+        return ray_executor.RayExecutor(plan, writer, Stores(), output)
 
 
 def test_a_merge_gives_the_bytes_of_a_local_one(joined, tmp_path, recipe):

@@ -232,6 +232,19 @@ def test_a_slice_that_was_stopped_goes_on(models, after):
     assert tree(Path("out")) == tree(Path("local"))
 
 
+def test_what_somebody_removed_is_written_again(models):
+    path = recipe(models)
+    merge(path, "local")
+    order = order_of(path, "out")
+    in_turns(order, 2)
+    next(Path("out/.shardmerge").glob("*.part")).unlink()
+    with pytest.raises(OutputError, match="parts are not written"):
+        publish_slices(order)
+    in_turns(order, 2)
+    publish_slices(order)
+    assert tree(Path("out")) == tree(Path("local"))
+
+
 def test_another_run_goes_on_from_what_slices_have_written(models):
     path = recipe(models)
     merge(path, "local")

@@ -63,7 +63,7 @@ def connect(address: str | None) -> bool:
     try:
         _reach(address)
         ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError) as problem:
+    except (OSError, ValueError, RuntimeError, RayError) as problem:
         reason = str(problem).strip().splitlines()
         raise UsageError(
             f"no Ray cluster answers at {address}: {reason[0] if reason else 'no reason given'}\n"

@@ -37,7 +37,8 @@ class Receipt:
 
     Args:
         crc32: of the part's bytes.
-        tag: what the place calls this part, where it wants to be told when the shard is sealed.
+        tag: what the place calls this part, or the making of its shard: tells receipts of bytes
+            that are there from those of bytes that somebody has removed since.
         non_finite: (tensor number, input number) of inputs that hold NaN or infinity in it; input
             -1 is the result of finite inputs.
     """

@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import threading
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -125,15 +126,21 @@ class LocalOutput:
     ) -> Survey:
         """What is there of shards: staged files of their size, or their names."""
         sealed: set[int] = set()
-        gone: set[int] = set()
+        still: dict[int, str] = {}
         for number, shard in enumerate(shards):
             staged = self._staged(shard)
             if staged.exists() and staged.stat().st_size == shard.nbytes:
-                continue
-            here = cleared and not staged.exists() and (self.folder / shard.name).exists()
-            (sealed if here else gone).add(number)
-        lost = frozenset(key for key in receipts if key[0] in gone)
-        return Survey(frozenset(sealed), lost, {})
+                if number in handles:
+                    still[number] = handles[number]
+            elif cleared and not staged.exists() and (self.folder / shard.name).exists():
+                sealed.add(number)
+        # A file that was made again is as large as the one that somebody removed, and empty.
+        lost = frozenset(
+            key
+            for key, receipt in receipts.items()
+            if key[0] not in sealed and receipt.tag != still.get(key[0])
+        )
+        return Survey(frozenset(sealed), lost, still)
 
     def prove(self, shards: Sequence[Shard], sealed: frozenset[int]) -> None:
         """Refuse a disk that cannot hold the output, before anything is read."""
@@ -153,7 +160,10 @@ class LocalOutput:
             )
 
     def begin(self, shards: Sequence[Shard], numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Make every shard at its final size, so that a full disk is found before any read."""
+        """Make every shard at its final size, so that a full disk is found before any read.
+
+        The handle only tells one making from another.
+        """
         for number in numbers:
             path = self._staged(shards[number])
             with _writing(path):
@@ -162,14 +172,15 @@ class LocalOutput:
                     _allocate(file, shards[number].nbytes)
                 finally:
                     os.close(file)
-            yield number, ""
+            yield number, uuid.uuid4().hex
         with _writing(self._staging):
             _sync_folder(self._staging)
             _sync_folder(self.folder)
 
     def writer(self, shards: Sequence[Shard], handles: Mapping[int, str]) -> LocalWriter:
         """A writer of shards that were begun."""
-        return LocalWriter([self._staged(shard) for shard in shards])
+        paths = {number: self._staged(shards[number]) for number in handles}
+        return LocalWriter(paths, handles)
 
     def seal(
         self,
@@ -258,18 +269,20 @@ class LocalJournal:
 class LocalWriter:
     """Output shards at their final size; parts go to their place by ``pwrite``."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: Mapping[int, Path], handles: Mapping[int, str]) -> None:
+        self._paths = dict(paths)
+        self._handles = dict(handles)
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[LocalWriter], tuple[list[Path]]]:
+    def __reduce__(self) -> tuple[type[LocalWriter], tuple[dict[int, Path], dict[int, str]]]:
         """A worker process opens its own files."""
-        return (LocalWriter, (self._paths,))
+        return (LocalWriter, (self._paths, self._handles))
 
     def part(self, part: Part) -> LocalPart:
         """A writer of one part."""
-        return LocalPart(self._open(part.shard), part, self._paths[part.shard])
+        number = part.shard
+        return LocalPart(self._open(number), part, self._paths[number], self._handles[number])
 
     def sync(self, shards: Iterable[int]) -> None:
         """Make every byte durable that was written to these shards before this call."""
@@ -294,10 +307,11 @@ class LocalWriter:
 class LocalPart:
     """Writes one part as its bytes come."""
 
-    def __init__(self, file: int, part: Part, path: Path) -> None:
+    def __init__(self, file: int, part: Part, path: Path, handle: str) -> None:
         self._file = file
         self._part = part
         self._path = path
+        self._handle = handle
         self._position = part.start
         self._crc32 = 0
 
@@ -323,6 +337,7 @@ class LocalPart:
             number=self._part.number,
             nbytes=self._part.nbytes,
             crc32=self._crc32,
+            tag=self._handle,
             non_finite=tuple(non_finite),
         )
 

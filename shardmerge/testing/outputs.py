@@ -113,6 +113,41 @@ class OutputSuite:
             output.seal(shards, receipts, handles)
         assert [output.read(s.name) for s in shards] == [content_of(s) for s in shards]
 
+    def test_a_shard_that_is_begun_again_has_lost_what_was_written(
+        self, output: Output, shards: tuple[Shard, ...]
+    ) -> None:
+        with output.locked():
+            handles = self.begin(output, shards)
+            receipts = self.write(output, shards, handles)
+            handles |= dict(output.begin(shards, [0]))
+            found = output.survey(shards, receipts, handles, cleared=False)
+            assert found.lost == {key for key in receipts if key[0] == 0}
+            assert found.open == handles
+
+    def test_slices_have_locks_and_journals_of_their_own(
+        self, outputs: Iterator[Output], shards: tuple[Shard, ...]
+    ) -> None:
+        output, other = next(outputs), next(outputs)
+        with output.locked():
+            assert output.slices() == []
+            with closing(output.journal()) as journal:
+                journal.append(["of the run"])
+        for name in ("0-of-2", "1-of-2"):
+            with output.locked(name), closing(output.journal(name)) as journal:
+                journal.append([name])
+                with pytest.raises(LockedError), other.locked(name):
+                    raise AssertionError("two processes hold one lock")
+                with other.locked():
+                    assert name in other.slices()
+        with other.locked():
+            assert other.slices() == ["0-of-2", "1-of-2"]
+            for name in ("", *other.slices()):
+                with closing(other.journal(name)) as journal:
+                    assert journal.lines() == [name or "of the run"]
+            other.tidy()
+        assert next(outputs).slices() == []
+        assert next(outputs).leftovers() == []
+
     def test_another_process_goes_on(
         self, outputs: Iterator[Output], shards: tuple[Shard, ...]
     ) -> None:
