@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has left (``| head``); there is nobody to tell.
         return 1
     except OSError as problem:
-        if problem.filename is not None:  # not of an output stream, so no mistake of the user's
+        # Else not of an output stream, so no mistake of the user's.
+        if problem.filename is not None or isinstance(problem, ConnectionError):
             raise
         print(f"done, but the result could not be written to stdout: {problem}", file=sys.stderr)
         return 1
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
 def _tell(problem: ShardmergeError, options: argparse.Namespace) -> None:
     """An error on stderr: in words, or as one more event where stderr is JSON lines."""
     kind = type(problem).__name__
-    if options.run is _merge and options.json:
+    if options.run in (_merge, _worker) and options.json:
         error = {"event": "error", "kind": kind, "message": str(problem)}
         print(json.dumps(error), file=sys.stderr)
     else:
@@ -131,8 +132,9 @@ def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
         "--gpus",
         type=_gpus,
         default=1.0,
-        metavar="N",
-        help="GPUs of each worker of a cluster with --device cuda; 0.5: two share one (default 1)",
+        metavar="PART",
+        help="of a GPU for each worker of a cluster with --device cuda; 0.5: two share one "
+        "(default 1)",
     )
     merge.add_argument(
         "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
@@ -294,9 +296,10 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def _gpus(text: str) -> float:
-    if not re.fullmatch(r"\d{1,2}(\.\d{1,4})?", text) or float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of GPUs; write 1 or 0.5")
-    return float(text)
+    found = float(text) if re.fullmatch(r"\d(\.\d{1,4})?", text) else 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no part of a GPU; write 1, 0.5 or 0.25")
+    return found
 
 
 def _count(text: str) -> int:
@@ -362,7 +365,8 @@ def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if number != signal.SIGUSR1:  # batch systems may repeat theirs
+            signal.signal(number, signal.SIG_DFL)
         stop.set()
         if tell:
             # Not by print: the signal may have come in the middle of one.
@@ -409,10 +413,12 @@ def _worker(options: argparse.Namespace) -> int:
     from shardmerge.slices import load_order, work_slice
 
     index, count = options.slice
+    order = load_order(options.plan)
+    _go_to(order.folder)
     display: Display = JsonLines() if options.json else Text()
     with _stoppable(tell=not options.json) as stop:
         try:
-            done = work_slice(load_order(options.plan), index, count, progress=display, stop=stop)
+            done = work_slice(order, index, count, progress=display, stop=stop)
         finally:
             display.close()
     if options.json:
@@ -427,9 +433,21 @@ def _worker(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     from shardmerge.slices import load_order, publish_slices
 
+    order = load_order(options.plan)
+    _go_to(order.folder)
     with _stoppable(tell=not options.json) as stop:
-        published = publish_slices(load_order(options.plan), stop=stop)
+        published = publish_slices(order, stop=stop)
     return _tell_published(published, as_json=options.json)
+
+
+def _go_to(folder: str) -> None:
+    """Make relative paths of a plan mean what they meant when it was made."""
+    try:
+        os.chdir(folder)
+    except OSError as problem:
+        raise UsageError(
+            f"the plan was made in {folder}, which is not here: {problem.strerror}"
+        ) from problem
 
 
 def _verify(options: argparse.Namespace) -> int:

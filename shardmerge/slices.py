@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
-import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from shardmerge.outputs.api import STAGING, PartKey
 from shardmerge.plan import MeasureTask
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import CLEARED, Published
-from shardmerge.staging import is_published, refuse_sources, staging
+from shardmerge.staging import is_published, refuse_sources, staging, sweep
 from shardmerge.stores import Settings, is_remote
 from shardmerge.summaries import Summary, Summing, settle
 
@@ -118,12 +118,6 @@ def _prepared(order: Order, stop: threading.Event) -> Prepared:
     Raises:
         LedgerMismatchError: the recipe or a source is not what it was.
     """
-    try:
-        os.chdir(order.folder)
-    except OSError as problem:
-        raise UsageError(
-            f"the plan was made in {order.folder}, which is not here: {problem.strerror}"
-        ) from problem
     ready = prepare(
         order.recipe,
         order.out,
@@ -208,23 +202,24 @@ def work_slice(
     stop = stop or threading.Event()
     ready = _prepared(order, stop)
     plan, output = ready.plan, ready.output
-    if is_published(output, plan, ready.files):
-        return Sliced(index, count, 0, 0, already=True)
     name = f"{index}-of-{count}"
-    with (
-        _beginning(ready, stop) as main,
-        output.locked(name),
-        closing(Ledger(output.journal(name), plan.identity)) as ledger,
-        closing(output.writer(plan.shards, main.handles)) as writer,
-        executors.start("local", plan, writer, ready.stores, output) as workers,
-    ):
-        found = output.survey(
-            plan.shards, ledger.receipts, main.handles, cleared=CLEARED in main.events
-        )
+    own = share(plan.shards, count, whole_shards=output.whole_shards)[index]
+    with ExitStack() as stack:
+        with _turn(ready, stop):
+            if is_published(output, plan, ready.files):
+                output.tidy()
+                return Sliced(index, count, 0, 0, already=True)
+            with staging(output, plan, ready.files, alone=False) as (main, _):
+                # Before OUT's lock is given back, so that nobody publishes in between.
+                stack.enter_context(output.locked(name))
+        ledger = stack.enter_context(closing(Ledger(output.journal(name), plan.identity)))
+        cleared = CLEARED in main.events
+        found = output.survey(plan.shards, ledger.receipts, main.handles, cleared=cleared)
         ledger.forget(found.lost)
         ledger.decisions = {**main.decisions, **ledger.decisions}
+        writer = stack.enter_context(closing(output.writer(plan.shards, main.handles)))
+        workers = stack.enter_context(executors.start("local", plan, writer, ready.stores, output))
         _Agreement(ready, ledger, workers, index, count, stop).reach()
-        own = share(plan.shards, count, whole_shards=output.whole_shards)[index]
         execute(
             plan,
             workers,
@@ -239,31 +234,20 @@ def work_slice(
 
 
 @contextmanager
-def _beginning(ready: Prepared, stop: threading.Event) -> Iterator[Ledger]:
-    """The ledger of the whole run, after whoever came first has made room for every shard."""
-    with (
-        _turn(ready, stop),
-        staging(ready.output, ready.plan, ready.files, alone=False) as (ledger, _),
-    ):
-        found = ledger
-    yield found
-
-
-@contextmanager
 def _turn(ready: Prepared, stop: threading.Event) -> Iterator[None]:
     """The lock of OUT, which every slice takes for a moment; one after the other."""
-    waited_s = 0.0
-    while True:
-        try:
-            with ready.output.locked():
-                yield
-                return
-        except LockedError:
-            if waited_s >= _LOCK_S:
-                raise
-        if stop.wait(_POLL_S):
-            raise Stopped("stopped while another slice began")
-        waited_s += _POLL_S
+    with ExitStack() as stack:
+        until = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                stack.enter_context(ready.output.locked())
+                break
+            except LockedError:
+                if time.monotonic() > until:
+                    raise
+            if stop.wait(_POLL_S):
+                raise Stopped("stopped while another slice began")
+        yield
 
 
 class _Agreement:
@@ -359,6 +343,7 @@ def publish_slices(order: Order, *, stop: threading.Event | None = None) -> Publ
     ready = _prepared(order, stop or threading.Event())
     plan, output = ready.plan, ready.output
     if is_published(output, plan, ready.files):
+        sweep(output)
         return ready.published(already=True)
     with output.locked(), staging(output, plan, ready.files) as (ledger, _):
         parts = [part for shard in plan.shards for part in shard.parts]

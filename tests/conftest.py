@@ -16,6 +16,8 @@ from tests.support import LACKING
 
 REQUIRED = frozenset(os.environ.get("SHARDMERGE_REQUIRE", "").split(","))
 """Components whose tests must not be skipped: a comma-separated list of fixtures' names."""
+# For the whole process: Ray reads it once, and clusters of tests have no token.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 MISSING_CUDA = LACKING()
 # What a test merges does not depend on the machine: "auto" means the CPU.
 cuda_driver.lacking = lambda: "tests use no CUDA device unless they ask for one"

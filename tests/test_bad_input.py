@@ -806,7 +806,7 @@ def test_a_memory_budget_that_is_too_small(capsys: Capture) -> None:
         ("--threads", "two", ("'two' is no count",)),
         ("--threads", "1.5", ("'1.5' is no count",)),
         ("--threads", "9" * 5000, ("is no count",)),
-        ("--executor", "ray", ("'ray'", "local")),
+        ("--executor", "dask", ("'dask'", "local", "ray")),
         ("--nonsense", "1", ("--nonsense",)),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,7 @@ class Ray:
             "SHARDMERGE_TMP": str(self.temporary),
             "SHARDMERGE_RESTARTS": str(restarts),
             "RAY": str(ray),
+            "RAY_AUTH_MODE": "token",
             # How long a merge waits for a head that is gone.
             "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         }
@@ -180,17 +182,7 @@ def test_a_preempted_merge_gives_the_same_bytes(slurm: Slurm, tmp_path: Path, wi
     """The real program: it drains, is requeued, and goes on from its ledger."""
     recipe, expected = real_merge(tmp_path)
     out, temporary = tmp_path / "out", Path(tempfile.mkdtemp(prefix="sm-"))
-    env = {
-        "SHARDMERGE": f"{sys.executable} {SLOW}",
-        "SHARDMERGE_TMP": str(temporary),
-        "RAY": str(Path(sys.executable).parent / "ray"),
-        # Workers import the project as the driver does.
-        "PYTHONPATH": str(LAUNCH.parent),
-    }
-    options = ["--nodes=2", "--cpus-per-task=2", "--mem=6000", "--time=30"]
-    script = LAUNCH / "ray.sbatch"
-    more = ("--memory=1GiB", "--json")
-    job = slurm.submit(script, recipe, out, *more, options=options, env=env)
+    job = real_job(slurm, recipe, out, temporary)
     slurm.wait_for(job, "some tasks", lambda _: len(receipts(out)) > 3, RUN_TIMEOUT_S)
     slurm.preempt(job)
     slurm.wait_for(job, "is requeued", lambda now: now.restarts == 1, RUN_TIMEOUT_S)
@@ -203,6 +195,47 @@ def test_a_preempted_merge_gives_the_same_bytes(slurm: Slurm, tmp_path: Path, wi
     assert {row.process for row in rows} != {rows[0].process}
     assert len(before) < len(rows) < len(before) + len(rows)
     temporary.rmdir()
+
+
+@slow
+@pytest.mark.parametrize("victim", ["the driver", "the head"])
+def test_any_process_may_be_killed(slurm: Slurm, tmp_path: Path, with_ray: None, victim: str):
+    """Workers and nodes are killed in the tests of the executor."""
+    recipe, expected = real_merge(tmp_path)
+    out, temporary = tmp_path / "out", Path(tempfile.mkdtemp(prefix="sm-"))
+    job = real_job(slurm, recipe, out, temporary)
+    slurm.wait_for(job, "some tasks", lambda _: len(receipts(out)) > 3, RUN_TIMEOUT_S)
+    wanted = {"the driver": "slow_shardmerge.py merge", "the head": "gcs_server"}[victim]
+    commands = subprocess.run(
+        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True
+    ).stdout
+    [process] = [
+        int(line.split()[0])
+        for line in commands.splitlines()
+        if wanted in line and (victim == "the driver" or str(temporary) in line)
+    ]
+    os.kill(process, signal.SIGKILL)
+    slurm.wait_for(job, "is requeued", lambda now: now.restarts == 1, RUN_TIMEOUT_S)
+    assert not (out / "model.safetensors.index.json").exists()
+    slurm.hurry(job)
+    slurm.wait(job, "COMPLETED", RUN_TIMEOUT_S)
+    assert digests(out) == expected
+    shutil.rmtree(temporary)
+
+
+def real_job(slurm: Slurm, recipe: str, out: Path, temporary: Path) -> int:
+    """Submit ``ray.sbatch`` with the real program on two nodes."""
+    env = {
+        "SHARDMERGE": f"{sys.executable} {SLOW}",
+        "SHARDMERGE_TMP": str(temporary),
+        "RAY": str(Path(sys.executable).parent / "ray"),
+        "RAY_AUTH_MODE": "token",
+        # Workers import the project as the driver does.
+        "PYTHONPATH": str(LAUNCH.parent),
+    }
+    options = ["--nodes=2", "--cpus-per-task=2", "--mem=6000", "--time=30"]
+    script, more = LAUNCH / "ray.sbatch", ("--memory=1GiB", "--json")
+    return slurm.submit(script, recipe, out, *more, options=options, env=env)
 
 
 def real_merge(folder: Path) -> tuple[str, dict[str, str]]:

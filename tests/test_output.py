@@ -546,7 +546,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_the_run_and_the_next_goes_on(case, tmp_path, merges, number):
     log = tmp_path / "log"
     process = merges.start(case.arguments(), log, op="pwrite", path=".part", nth=30, when="before")
@@ -568,6 +568,16 @@ def test_a_second_signal_ends_the_run_at_once(case, tmp_path, merges):
     assert merges.answer() == -signal.SIGINT
     case.merge()
     assert tree(case.out) == case.quiet()
+
+
+def test_a_batch_system_may_say_it_twice(case, tmp_path, merges):
+    log = tmp_path / "log"
+    process = merges.start(case.arguments(), log, op="pwrite", path=".part", nth=30, when="before")
+    for times in (1, 2):
+        os.kill(process, signal.SIGUSR1)
+        wait_for(lambda times=times: Path(f"{log}.err").read_text().count("stopping") == times)
+    assert merges.go_on(log) == 3
+    case.goes_on()
 
 
 def test_a_stop_before_the_first_task(case):

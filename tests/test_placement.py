@@ -118,6 +118,25 @@ def test_bytes_are_balanced_by_slots():
     assert given_bytes["n1"] / given_bytes["n0"] == pytest.approx(3.0, rel=0.05)
 
 
+@pytest.mark.parametrize("nodes", [2, 16])
+def test_whole_shards_keep_every_node_busy(nodes):
+    """Tasks come shard by shard, and a shard is one node's: the line must reach beyond it."""
+    made = placement_of([16] * nodes, whole_shards=True)
+    tasks = deque((shard, 320 * MIB) for shard in range(4 * nodes) for _ in range(80))
+    running: deque[tuple[Place, Unit]] = deque()
+    least = nodes
+    while tasks or made.waiting:
+        while tasks and made.has_room():
+            shard, nbytes = tasks.popleft()
+            made.add(task(len(tasks), nbytes), {}, shard)
+        while (found := made.take()) is not None:
+            running.append(found)
+        if len(tasks) > nodes * 80:  # else there are fewer shards than nodes left
+            least = min(least, len({place.node for place, _ in running}))
+        made.ended(*running.popleft())
+    assert least == nodes
+
+
 def test_the_line_is_bounded_by_count_and_by_bytes():
     for nbytes in (0, 100 * MIB):
         made = placement_of([1, 1], whole_shards=False)

@@ -79,7 +79,6 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     given = {
-        "RAY_AUTH_MODE": "disabled",
         "PYTHONPATH": str(ROOT),
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",

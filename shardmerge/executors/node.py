@@ -17,7 +17,7 @@ import llvmlite
 import numpy as np
 
 import shardmerge
-from shardmerge.errors import ShardmergeError
+from shardmerge.errors import ShardmergeError, StoreError
 from shardmerge.executors.placement import Unit
 from shardmerge.memory import inputs_of
 from shardmerge.outputs import open_output
@@ -74,12 +74,17 @@ class Site:
         plan = self._job.plan
         ended: list[Done | Failed] = []
         shards: set[int] = set()
+        lost: StoreError | None = None
         for number, decided in unit.tasks:
             task = plan.tasks[number]
+            if lost is not None:  # a server that is gone is not asked for each task again
+                ended.append(Failed(number, lost))
+                continue
             try:
                 ended.append(self._worker().run(task, decided, attempt=attempt))
             except ShardmergeError as error:
                 ended.append(Failed(number, error))
+                lost = error if isinstance(error, StoreError) else None
             else:
                 if isinstance(task, MergeTask):
                     shards |= {part.shard for part in task.parts}

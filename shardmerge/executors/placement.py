@@ -123,9 +123,13 @@ class Placement:
         self._node_of = {shard: node for shard, node in self._node_of.items() if node in nodes}
 
     def has_room(self) -> bool:
-        """Whether the line is short: a unit or two for each slot."""
+        """Whether the line is short, a unit or two for each slot, or holds nothing for some place.
+
+        Tasks come shard by shard, so that a long line may be all of one node's.
+        """
         slots = max(1, self.slots)
-        return self._waiting_bytes < 2 * slots * UNIT_BYTES and self._waiting < slots * UNIT_TASKS
+        short = self._waiting_bytes < 2 * slots * UNIT_BYTES and self._waiting < slots * UNIT_TASKS
+        return short or self._is_starving()
 
     def add(self, task: Task, decided: Decided, shard: int | None) -> None:
         """Put a task in line.
@@ -187,6 +191,14 @@ class Placement:
         load.units += 1
         load.nbytes += unit.nbytes
         load.given += unit.nbytes
+
+    def _is_starving(self) -> bool:
+        """Whether more nodes have room and no shard than there are shards in line for them."""
+        if self._free:
+            return False
+        owners = {self._node_of.get(shard) for shard in self._of_shard}
+        hungry = {load.place.node for load in self._loads.values() if load.has_room} - owners
+        return len(hungry) > sum(shard not in self._node_of for shard in self._of_shard)
 
     def _unit_for(self, node: str) -> Unit | None:
         """The tasks of a unit for this node, first of shards that it has, then of a new one."""

@@ -28,7 +28,6 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayError,
     RayTaskError,
-    TaskCancelledError,
     TaskUnschedulableError,
 )
 
@@ -115,6 +114,7 @@ class RayExecutor:
         self._holders: dict[str, Any] = {}
         self._ages: dict[tuple[int, int], float] = {}
         self._asked: Any = None
+        self._over: list[tuple[int, int]] = []
         self._stopped = False
         self._cared = self._moved = time.monotonic()
         try:
@@ -141,9 +141,12 @@ class RayExecutor:
     def next_done(self, timeout_s: float) -> Done | None:
         """The next task that ended; None after ``timeout_s`` without one. Raises a task's error."""
         if not self._ended:
-            self._launch()
-            self._wait(timeout_s)
-            self._care()
+            try:
+                self._launch()
+                self._wait(timeout_s)
+                self._care()
+            except (RayError, ConnectionError) as problem:
+                raise ClusterError(f"the Ray cluster is gone: {problem}\n  {_ADVICE}") from problem
         if not self._ended:
             return None
         done = self._ended.popleft()
@@ -157,8 +160,16 @@ class RayExecutor:
             return
         self._stopped = True
         self._placement.clear()
+        with contextlib.suppress(RayError, ConnectionError):
+            self._drain()
+        self._attempts.clear()
+        self._flights.clear()
+
+    def _drain(self) -> None:
+        """Let units that have begun end, for a while; the others are not begun."""
+        self._nodes.forget()
         with contextlib.suppress(RayError):
-            self._ages = ray.get(self._watch.ages.remote(), timeout=5)
+            self._ages = ray.get(self._watch.ages.remote(self._over), timeout=5)
         for ref, attempt in list(self._attempts.items()):
             if (attempt.unit.number, attempt.number) not in self._ages:
                 self._cancel(ref, attempt, force=False)
@@ -169,7 +180,6 @@ class RayExecutor:
             self._cancel(ref, attempt, force=True)
         if self._attempts:
             ray.wait(list(self._attempts), num_returns=len(self._attempts), timeout=10)
-        self._attempts.clear()
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -187,7 +197,7 @@ class RayExecutor:
 
     def _leave(self) -> None:
         for holder in self._holders.values():
-            with contextlib.suppress(RayError):
+            with contextlib.suppress(RayError, ConnectionError):
                 ray.kill(holder)
         if self._leaves:
             ray.shutdown()
@@ -254,7 +264,10 @@ class RayExecutor:
         if not self._attempts:
             time.sleep(min(timeout_s, 0.05))
             return
-        ready, _ = ray.wait(list(self._attempts), num_returns=1, timeout=timeout_s)
+        waiting = list(self._attempts)
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        if ready:  # all of them, since each call looks at the whole window
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         for ref in ready:
             attempt = self._attempts.pop(ref)
             self._placement.ended(attempt.place, attempt.unit)
@@ -266,14 +279,16 @@ class RayExecutor:
             return  # another attempt was first
         flight.running.pop(attempt.number, None)
         try:
-            self._win(flight, attempt, ray.get(ref))
-        except TaskCancelledError:
-            del self._flights[attempt.unit.number]  # the run is being stopped
+            ended: list[Done | Failed] = ray.get(ref)
         except RayTaskError as problem:
             self._fail(flight, problem.cause or problem)
         except RayError as problem:
-            if not self._stopped:
+            if not self._stopped:  # else it was cancelled
                 self._lose(flight, attempt, problem)
+        else:
+            # Where one failed and another runs, its node may be at fault: the other decides.
+            if not (flight.running and any(isinstance(done, Failed) for done in ended)):
+                self._win(flight, attempt, ended)
 
     def _win(self, flight: _Flight, attempt: _Attempt, ended: Sequence[Done | Failed]) -> None:
         """The first attempt of a unit to end; others are not needed any more."""
@@ -293,8 +308,7 @@ class RayExecutor:
         del self._flights[flight.unit.number]
         for ref in flight.running.values():
             self._cancel(ref, self._attempts[ref], force=True)
-        numbers = range(1, flight.tried + 1)
-        self._watch.forget.remote([(flight.unit.number, number) for number in numbers])
+        self._over += [(flight.unit.number, number + 1) for number in range(flight.tried)]
 
     def _cancel(self, ref: Any, attempt: _Attempt, *, force: bool) -> None:
         # An actor's call that runs cannot be ended without its process; it writes the same bytes.
@@ -330,7 +344,7 @@ class RayExecutor:
 
     def _given_up(self, flight: _Flight, where: str, problem: RayError) -> ClusterError:
         needed = f"{self._need.memory_bytes / 2**30:.2f} GiB"
-        reason = str(problem).strip().splitlines()[0]
+        reason = (str(problem).strip() or "no reason given").splitlines()[0]
         if isinstance(problem, OutOfMemoryError):
             advice = (
                 f"Its node had no memory left; a worker may take {needed}. Give a smaller "
@@ -376,7 +390,8 @@ class RayExecutor:
                 return
             with contextlib.suppress(RayError):
                 self._ages = ray.get(self._asked)
-        self._asked = self._watch.ages.remote()
+        self._asked = self._watch.ages.remote(self._over)
+        self._over = []
 
     def _help_late(self) -> None:
         """A second attempt for a unit that is far behind, where a slot is free."""
@@ -388,8 +403,11 @@ class RayExecutor:
                 continue
             attempt = self._attempts[flight.running[1]]
             age_s = self._ages.get((unit.number, 1), 0.0)
-            late = self._pace.is_late(unit.nbytes, age_s) and self._pace.allows(unit.nbytes)
-            if not late or not self._placement.is_idle(but=attempt.place.node, unit=unit):
+            if (
+                not self._placement.is_idle(but=attempt.place.node, unit=unit)
+                or not self._pace.is_late(unit.nbytes, age_s)
+                or not self._pace.allows(unit.nbytes)
+            ):
                 continue
             place = self._placement.again(unit, avoid=attempt.place.node)
             if place is not None:

@@ -21,7 +21,12 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
-from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError  # noqa: E402
+from ray.exceptions import (  # noqa: E402
+    NodeDiedError,
+    RayError,
+    RayTaskError,
+    TaskUnschedulableError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from shardmerge.errors import ClusterError, UsageError  # noqa: E402
@@ -151,9 +156,15 @@ class Nodes:
         self._working = {key: node for key, node in found.items() if key not in self._gone}
         refuse_impossible(self.working, self._need)
 
-    def look(self, *, now: bool = False) -> bool:
+    def forget(self) -> None:
+        """Nobody waits any more for nodes that have not answered yet."""
+        for ref in self._asked.values():
+            ray.cancel(ref, force=True)
+        self._asked = {}
+
+    def look(self) -> bool:
         """See who is there; gives whether that has changed. Nodes that came later are examined."""
-        if not now and time.monotonic() - self._looked < LOOK_S:
+        if time.monotonic() - self._looked < LOOK_S:
             return False
         self._looked = time.monotonic()
         before = set(self._working)
@@ -187,8 +198,9 @@ class Nodes:
             self._gone.add(key)
             return []
         except RayError as problem:
-            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-            return [f"cannot run shardmerge: {lines[-1] if lines else type(problem).__name__}"]
+            lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [""]
+            told = lines[-1] if isinstance(problem, RayTaskError) else lines[0]
+            return [f"cannot run shardmerge: {type(problem).__name__}: {told}"]
         if not problems and self._output.size(mark) is None:
             problems = [f"writes to another place under the name of OUT, {self._output.url}"]
         self._output.remove([mark])

@@ -61,15 +61,12 @@ class Watch:
         """An attempt of a unit begins now."""
         self._began[unit, attempt] = time.monotonic()
 
-    def ages(self) -> dict[tuple[int, int], float]:
-        """Seconds since each attempt began, of units that have not ended."""
-        now = time.monotonic()
-        return {key: now - began for key, began in self._began.items()}
-
-    def forget(self, ended: Sequence[tuple[int, int]]) -> None:
-        """These units have ended."""
+    def ages(self, ended: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        """Seconds since each attempt began, but of those that have ended."""
         for key in ended:
             self._began.pop(key, None)
+        now = time.monotonic()
+        return {key: now - began for key, began in self._began.items()}
 
 
 # Ray's types do not know what its decorators add.

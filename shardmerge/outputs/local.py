@@ -129,7 +129,7 @@ class LocalOutput:
         still: dict[int, str] = {}
         for number, shard in enumerate(shards):
             staged = self._staged(shard)
-            if staged.exists() and staged.stat().st_size == shard.nbytes:
+            if _has_size(staged, shard.nbytes):
                 if number in handles:
                     still[number] = handles[number]
             elif cleared and not staged.exists() and (self.folder / shard.name).exists():
@@ -167,7 +167,7 @@ class LocalOutput:
         for number in numbers:
             path = self._staged(shards[number])
             with _writing(path):
-                file = _open(path)
+                file = _open(path, create=True)
                 try:
                     _allocate(file, shards[number].nbytes)
                 finally:
@@ -192,9 +192,9 @@ class LocalOutput:
         with _writing(self.folder):
             for shard in shards:
                 source, target = self._staged(shard), self.folder / shard.name
-                if source.exists():
+                if _has_size(source, shard.nbytes):
                     source.rename(target)
-                elif not target.exists() or target.stat().st_size != shard.nbytes:
+                elif not _has_size(target, shard.nbytes):
                     raise OutputError(
                         f"{source} is gone. Someone removed it while the run was being published;\n"
                         "  run the same command again: what is lost is done again."
@@ -300,7 +300,8 @@ class LocalWriter:
         with self._lock:
             if number not in self._files:
                 with _writing(self._paths[number]):
-                    self._files[number] = _open(self._paths[number])
+                    # Only ``begin`` makes a file: one made here would be taken for the shard.
+                    self._files[number] = _open(self._paths[number], create=False)
             return self._files[number]
 
 
@@ -345,8 +346,13 @@ class LocalPart:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+def _open(path: Path, *, create: bool) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    return os.open(path, flags, 0o666)
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def _occupied(path: Path) -> int:
