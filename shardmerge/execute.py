@@ -7,7 +7,7 @@ import heapq
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,9 +89,14 @@ def measure(
     executor: Executor,
     decided: Mapping[str, Decision],
     *,
+    ended: Callable[[Done], None],
     stop: threading.Event,
 ) -> Summing:
-    """The sum of what measuring tasks give, whose decisions are all there."""
+    """The sum of what measuring tasks give, whose decisions are all there.
+
+    Args:
+        ended: is told of each.
+    """
     summing, left, flying = Summing(), deque(tasks), 0
     while left or flying:
         if stop.is_set():
@@ -103,6 +108,7 @@ def measure(
         done = executor.next_done(_TICK_S)
         if done is not None and done.partial is not None:
             summing.add(done.partial)
+            ended(done)
             flying -= 1
     return summing
 

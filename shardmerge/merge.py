@@ -13,9 +13,9 @@ import llvmlite
 import yaml
 
 from shardmerge import __version__, assets, executors
-from shardmerge.errors import NonFiniteError, SourceChangedError
+from shardmerge.errors import NonFiniteError, SourceChangedError, UsageError
 from shardmerge.execute import Progress, execute
-from shardmerge.kernels.device import AUTO, CPU, choose_device
+from shardmerge.kernels.device import AUTO, CPU, CUDA, choose_device
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.match import match
 from shardmerge.memory import inputs_of
@@ -99,8 +99,8 @@ def merge(
         address: of the cluster; None for one that is started here and ends with the run.
         memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
         threads: kernels that may run at a time; None: one per CPU that the process may use.
-        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. An
-            unfinished run goes on where it began. On a cluster, ``auto`` is the CPU.
+        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. On
+            a cluster, ``auto`` is the CPU. A run that began on one is not gone on with on another.
         gpus: of each worker of a cluster on CUDA; less than 1 for a part of one.
         overwrite: replace another checkpoint at ``out``, once the new one is complete.
         fresh: forget an unfinished run at ``out``.
@@ -110,6 +110,10 @@ def merge(
         ShardmergeError: for everything that a user can mend.
     """
     executors.refuse_array(executor)
+    if executor != "ray" and address is not None:
+        raise UsageError("--address is of a Ray cluster: give --executor ray with it.")
+    if gpus != 1.0 and (executor != "ray" or device != CUDA):
+        raise UsageError("--gpus is for --executor ray with --device cuda.")
     stop = stop or threading.Event()
     ready = prepare(
         recipe,

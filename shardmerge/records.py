@@ -6,9 +6,13 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardmerge.plan import MeasureTask, Plan
 from shardmerge.work import Done
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TASKS = "shardmerge_tasks.parquet"
 """Name of the file in the published checkpoint."""
@@ -91,11 +95,21 @@ def to_parquet(records: Sequence[TaskRecord]) -> bytes:
     import pyarrow.parquet as pq
 
     rows = sorted(map(dataclasses.asdict, records), key=lambda row: (row["task"], row["began"]))
-    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string()}
-    fields = [(item.name, kinds[str(item.type)]) for item in dataclasses.fields(TaskRecord)]
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), file, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), file, compression="zstd")
     return file.getvalue()
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+    return pa.schema(
+        [
+            pa.field(item.name, kinds[str(item.type)], nullable=False)
+            for item in dataclasses.fields(TaskRecord)
+        ]
+    )
 
 
 def from_parquet(content: bytes) -> list[TaskRecord]:
@@ -108,7 +122,9 @@ def from_parquet(content: bytes) -> list[TaskRecord]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(io.BytesIO(content)).to_pylist()
-        return [TaskRecord(**row) for row in rows]
-    except (pa.ArrowException, OSError, TypeError) as problem:
+        table = pq.read_table(io.BytesIO(content))
+    except (pa.ArrowException, OSError) as problem:
         raise ValueError(str(problem)) from problem
+    if not table.schema.equals(_schema()) or any(column.null_count for column in table.columns):
+        raise ValueError("its columns are not those of tasks")
+    return [TaskRecord(**row) for row in table.to_pylist()]

@@ -31,10 +31,22 @@ from shardmerge.outputs.api import STAGING, PartKey
 from shardmerge.plan import MeasureTask
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import CLEARED, Published
+from shardmerge.records import record_of
 from shardmerge.staging import is_published, refuse_sources, staging, sweep
 from shardmerge.stores import Settings, is_remote
 from shardmerge.summaries import Summary, Summing, settle
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "recipe": str,
+    "out": str,
+    "folder": str,
+    "memory_bytes": int,
+    "threads": (int, type(None)),
+    "device": str,
+    "patience_minutes": (int, float),
+    "fingerprint": str,
+}
+"""Types of an order's values."""
 OTHERS_S = 60.0
 """Seconds that a slice waits for what others measure, before it gives its place to them."""
 _LOCK_S = 600.0
@@ -103,7 +115,11 @@ def load_order(path: str) -> Order:
         if values.pop("shardmerge order") != 1:
             raise ValueError("another version's")
         values["s3"] = tuple((str(a), str(b), str(c)) for a, b, c in values["s3"])
-        return Order(**values)
+        order = Order(**values)
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(order, name), kinds):
+                raise ValueError(f"{name} is {getattr(order, name)!r}")
+        return order
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise UsageError(
@@ -307,23 +323,36 @@ class _Agreement:
                 for task in self._plan.tasks
                 if isinstance(task, MeasureTask) and (task.scope, task.step) == (scope, step.name)
             ][self._index :: self._count]
-            own = measure(tasks, self._workers, self._ledger.decisions, stop=self._stop)
+            own = measure(
+                tasks,
+                self._workers,
+                self._ledger.decisions,
+                ended=lambda done: self._ledger.record(tasks=[record_of(self._plan, done)]),
+                stop=self._stop,
+            )
             self._output.write(self._file(scope, step, self._index), own.dumped())
-        self._wait([self._file(scope, step, number) for number in range(self._count)])
+        self._wait(scope, step)
         total = Summing()
         for number in range(self._count):
             total.take(self._output.read(self._file(scope, step, number)))
         return total.summary()
 
-    def _wait(self, files: Sequence[str]) -> None:
-        waited_s = 0.0
-        while missing := [file for file in files if self._output.size(file) is None]:
-            if self._stop.wait(_POLL_S) or waited_s >= OTHERS_S:
+    def _wait(self, scope: int, step: Pass) -> None:
+        """Wait until every slice has left what it measured."""
+        until = time.monotonic() + OTHERS_S
+        while missing := [
+            number
+            for number in range(self._count)
+            if self._output.size(self._file(scope, step, number)) is None
+        ]:
+            if self._stop.wait(_POLL_S) or time.monotonic() > until:
+                told = ", ".join(f"{number}/{self._count}" for number in missing[:5])
+                more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                 raise Stopped(
-                    f"{counted(len(missing), 'slice')} of {self._count} have not measured their "
-                    "share of the model yet.\n  Run this one again when they have."
+                    f"the whole model is measured first ('{step.name}'), and slices {told}{more} "
+                    "have not measured their share yet.\n"
+                    "  Run all slices side by side, or this one again when they have."
                 )
-            waited_s += _POLL_S
 
     def _file(self, scope: int, step: Pass, number: int) -> str:
         model_scope = scope - len(self._plan.tensors)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmerge.decode import decode_blocks, scale_bytes, scale_range
+from shardmerge.errors import MemoryBudgetError
 from shardmerge.memory import value_dtype
 from shardmerge.sources.tensor import TensorRef, reads
 from shardmerge.stores.api import Range
@@ -18,7 +19,13 @@ class Arena:
     """One block of memory that a worker takes all its buffers from; pages are used when touched."""
 
     def __init__(self, nbytes: int) -> None:
-        self._bytes = np.empty(nbytes, dtype=np.uint8)
+        try:
+            self._bytes = np.empty(nbytes, dtype=np.uint8)
+        except MemoryError:
+            raise MemoryBudgetError(
+                f"this machine does not give {nbytes / 2**30:.1f} GiB to one worker.\n"
+                "  Give a --memory that it has."
+            ) from None
         self._used = 0
 
     @property

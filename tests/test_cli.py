@@ -715,3 +715,18 @@ def test_an_array_is_several_commands(capsys: Capture, family: Callable[..., Non
     told = capsys.readouterr().err
     assert "sbatch launch/array.sbatch" in told and "publish --plan" in told
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", [("--address", "auto"), ("--gpus", "0.5")])
+def test_options_of_a_cluster_need_one(
+    capsys: Capture, family: Callable[..., None], option: tuple[str, str]
+) -> None:
+    family(HALVES)
+    assert main(["merge", recipe(LINEAR), "out", *option]) == 2
+    assert "--executor ray" in capsys.readouterr().err
+
+
+def test_more_memory_than_there_is(capsys: Capture, family: Callable[..., None]) -> None:
+    family(HALVES)
+    assert main(["merge", recipe(LINEAR), "out", "--memory", "900000TiB", "--threads", "1"]) == 1
+    assert "Give a --memory that it has" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -419,6 +420,14 @@ def test_a_cluster_that_never_can(joined, tmp_path, recipe, monkeypatch):
     assert "64 CPU, 1.00 GiB" in str(told.value)
 
 
-def test_a_cluster_that_is_not_there(tmp_path, recipe):
+def test_a_cluster_that_is_not_there(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_HEALTH_S", 3.0)
     with pytest.raises(UsageError, match="no Ray cluster answers at"):
         run(recipe, tmp_path / "out", address="127.0.0.1:1")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(UsageError, match="what listens there is no Ray head"),
+    ):
+        run(recipe, tmp_path / "out", address=f"127.0.0.1:{other.getsockname()[1]}")
+    with pytest.raises(UsageError, match="--address is empty"):
+        run(recipe, tmp_path / "out", address="")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shardmerge.cli import main
@@ -110,3 +113,16 @@ def test_without_a_table_there_is_no_report(tmp_path):
     (tmp_path / "other" / TASKS).write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="cannot be read as a table"):
         read_records(str(tmp_path / "other"), Stores())
+
+
+def test_a_table_of_other_types_is_none():
+    table = pq.read_table(io.BytesIO(to_parquet([RECORD])))
+    texts = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
+    nothing = pa.table(
+        {name: pa.nulls(1, table.schema.field(name).type) for name in texts.schema.names}
+    )
+    for wrong in (texts, nothing, table.drop_columns("task")):
+        file = io.BytesIO()
+        pq.write_table(wrong, file)
+        with pytest.raises(ValueError, match="columns"):
+            from_parquet(file.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_what_is_measured_over_the_model_is_shared(models, count, monkeypatch):
     assert digests(Path("out")) == digests(Path("local"))
     plan = support.plan_of(path, "out", memory_bytes=MEMORY_BYTES, threads=2)
     rows = read_records("out", Stores())
-    assert {row.task for row in rows} <= {task.number for task in plan.tasks}
+    assert {row.task for row in rows} == {task.number for task in plan.tasks}
 
 
 def side_by_side(order: slices.Order, count: int) -> None:
@@ -305,6 +306,15 @@ def test_a_file_that_is_no_plan(text, tmp_path):
         load_order("p")
     with pytest.raises(UsageError, match="cannot be used as a plan"):
         load_order("missing")
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(slices.Order)])
+def test_a_value_of_a_plan_that_was_changed(models, field):
+    order_of(recipe(models), "out")
+    values = json.loads(Path("plan.json").read_text())
+    Path("plan.json").write_text(json.dumps({**values, field: {"x": 1}}))
+    with pytest.raises(UsageError, match="cannot be used as a plan"):
+        load_order("plan.json")
 
 
 def test_on_the_command_line(models, capsys, monkeypatch):

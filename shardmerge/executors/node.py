@@ -19,6 +19,7 @@ import numpy as np
 import shardmerge
 from shardmerge.errors import ShardmergeError, StoreError
 from shardmerge.executors.placement import Unit
+from shardmerge.kernels.device import CUDA
 from shardmerge.memory import inputs_of
 from shardmerge.outputs import open_output
 from shardmerge.outputs.api import STAGING, ShardWriter
@@ -145,6 +146,12 @@ def _problems(job: Job, node: str) -> Iterator[str]:
         open_output(job.plan.out, job.stores).write(mark_of(node), b"")
     except (ShardmergeError, OSError) as problem:
         yield f"does not reach OUT: {problem}"
+
+    if job.plan.device == CUDA:
+        from shardmerge.kernels.cuda_driver import lacking
+
+        if missing := lacking():
+            yield f"cannot use CUDA: {missing}"
 
     def unread(ref: Range) -> str:
         try:

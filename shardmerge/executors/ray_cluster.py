@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,8 @@ EXAMINE_S = 300.0
 LOOK_S = 3.0
 """Seconds between two looks at which nodes there are."""
 _REACH_S = 10.0
+_HEALTH_S = 30.0
+_QUIET_S = 10.0
 
 
 def connect(address: str | None) -> bool:
@@ -59,12 +63,16 @@ def connect(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
+    if address == "":
+        raise UsageError("--address is empty; give auto, HOST:PORT or ray://HOST:PORT.")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         quiet |= {"include_dashboard": False, "object_store_memory": 256 * 2**20}
     # Ray takes SIGTERM for itself; here it stops the run in order.
     handler = signal.getsignal(signal.SIGTERM)
+    patience = threading.Timer(_QUIET_S, log.warning, ("still waiting for Ray at %s", address))
+    patience.start()
     try:
         _reach(address)
         ray.init(address=address, **quiet)
@@ -76,6 +84,7 @@ def connect(address: str | None) -> bool:
             "nodes."
         ) from problem
     finally:
+        patience.cancel()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
     return True
@@ -86,6 +95,18 @@ def _reach(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), _REACH_S).close()
+        if not address.startswith("ray://"):
+            _check_health(address)
+
+
+def _check_health(address: str) -> None:
+    """Raise ConnectionError where something else than Ray's head listens."""
+    code = "from ray.scripts.scripts import main; main()"
+    command = [sys.executable, "-c", code, "health-check", "--address", address]
+    try:
+        subprocess.run(command, capture_output=True, check=True, timeout=_HEALTH_S)
+    except (subprocess.SubprocessError, OSError) as problem:
+        raise ConnectionError("what listens there is no Ray head") from problem
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
@@ -187,7 +208,8 @@ class Nodes:
             self._working[key] = node
 
     def _ask(self, node: Node) -> Any:
-        return _examine.options(scheduling_strategy=pinned(node.key)).remote(self._job, node.key)
+        options = {"scheduling_strategy": pinned(node.key), "num_gpus": self._need.gpus}
+        return _examine.options(**options).remote(self._job, node.key)
 
     def _answer(self, key: str) -> list[str]:
         """What an examined node reports, and what is not the same there as here."""
