@@ -86,7 +86,7 @@ def run(command: Sequence[str | Path], *, env: Mapping[str, str] | None = None) 
         except BaseException:
             child.kill()
             raise
-        io = _fields(Path(f"/proc/{child.pid}/io"))
+        io = fields(Path(f"/proc/{child.pid}/io"))
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -127,7 +127,7 @@ class _Sampler(threading.Thread):
         while not self._ended.wait(SAMPLE_S):
             kib = 0
             for pid in _tree(self._pid):
-                status = _fields(Path(f"/proc/{pid}/status"))
+                status = fields(Path(f"/proc/{pid}/status"))
                 kib += status.get("RssAnon", 0) + status.get("RssShmem", 0)
             self.peak = max(self.peak, kib * 1024)
 
@@ -144,7 +144,7 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _fields(path: Path) -> dict[str, int]:
+def fields(path: Path) -> dict[str, int]:
     """The numbers of a ``key: number`` file of /proc; empty where it cannot be read."""
     try:
         lines = path.read_text().splitlines()
@@ -161,7 +161,7 @@ def stamp() -> dict[str, object]:
         "machine": {
             "cpu": _cpu_model(),
             "cpus": len(os.sched_getaffinity(0)),
-            "memory_gib": round(_fields(Path("/proc/meminfo")).get("MemTotal", 0) / (1 << 20), 1),
+            "memory_gib": round(fields(Path("/proc/meminfo")).get("MemTotal", 0) / (1 << 20), 1),
             "system": platform.platform(),
         },
         "commit": _commit(),

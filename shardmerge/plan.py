@@ -143,17 +143,17 @@ class Plan:
         """The output's tensors."""
         return self.outputs.tensors
 
-    @property
+    @functools.cached_property
     def output_bytes(self) -> int:
         """Bytes of all output shards."""
         return sum(shard.nbytes for shard in self.shards)
 
-    @property
+    @functools.cached_property
     def read_bytes(self) -> int:
         """Bytes read from the sources."""
         return sum(task.read_bytes for task in self.tasks)
 
-    @property
+    @functools.cached_property
     def peak_bytes(self) -> int:
         """The most memory the process uses, by the tasks' promises."""
         most = sorted((task.memory_bytes for task in self.tasks), reverse=True)
@@ -305,6 +305,7 @@ class _Planner:
         self._model_scope = model_scope
         self._scopes = scopes
         self._worker_bytes = worker_bytes
+        self._tiles: dict[int, int] = {}
         self._number = 0
 
     def tasks(self, shards: Sequence[Shard]) -> Iterator[Task]:
@@ -403,8 +404,11 @@ class _Planner:
         return nbytes
 
     def _tile_bytes(self, tensor: int) -> int:
-        output = self._tensors[tensor]
-        return tile_bytes(output, tile_elements(output, self._worker_bytes, self._device))
+        if tensor not in self._tiles:  # a tensor has many tasks
+            output = self._tensors[tensor]
+            elements = tile_elements(output, self._worker_bytes, self._device)
+            self._tiles[tensor] = tile_bytes(output, elements)
+        return self._tiles[tensor]
 
     def _together_bytes(self, tensors: set[int], resident: bool) -> int:
         """Memory for tensors that are read together as far as they fit."""
