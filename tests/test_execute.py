@@ -473,7 +473,8 @@ def test_a_part_that_ends_after_a_sync_is_synced_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fdatasync", lambda file: calls.append("sync"))
     ledger = Ledger(LocalOutput(tmp_path).journal(), {})
-    with closing(LocalOutput(tmp_path).writer(shards, {0: "made"})) as writer:
+    handles = dict(LocalOutput(tmp_path).begin(shards, [0]))
+    with closing(LocalOutput(tmp_path).writer(shards, handles)) as writer:
         part = writer.part(shards[0].parts[0])
         part.write(shards[0].header)
         with execute_module._Committer(ledger, writer) as committer:
