@@ -34,7 +34,7 @@ from shardmerge.execute import execute
 from shardmerge.executors import placement
 from shardmerge.executors.api import Executor
 from shardmerge.layout import Part, Shard, Unit
-from shardmerge.merge import Prepared, prepare
+from shardmerge.merge import Prepared, Where, prepare
 from shardmerge.outputs.api import ShardWriter
 from shardmerge.plan import MergeTask, Plan
 from shardmerge.progress import Quiet
@@ -119,7 +119,7 @@ def measure_control(place: Workplace, report: Report, *, tasks: int, runs: int) 
 
 def control(file: Path, out: Path, address: str, tasks: int) -> tuple[float, float]:
     """Seconds until workers may be sent work, and seconds of the run."""
-    ready = prepare(str(file), str(out), executor="ray", memory_bytes=GIB, threads=None)
+    ready = prepare(str(file), str(out), Where("ray", memory_bytes=GIB))
     ready = replace(ready, plan=_emptied(ready.plan, tasks))
     output = ready.output
     with (

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import fields
-from shardmerge.merge import DEFAULT_MEMORY_BYTES, Prepared, prepare
+from shardmerge.merge import Prepared, Where, prepare
 
 
 def make(recipe: str, saved: Path | None) -> tuple[dict[str, object], object]:
     """Read every header and plan; a plan may be kept as the bytes that a worker would get."""
     began = time.perf_counter()
-    ready = prepare(recipe, "out", memory_bytes=DEFAULT_MEMORY_BYTES, threads=8, device="cpu")
+    ready = prepare(recipe, "out", Where(threads=8, device="cpu"))
     figures: dict[str, object] = {"prepare_s": time.perf_counter() - began, **_sizes(ready)}
     figures["anon_bytes"], figures["peak_rss_bytes"] = _memory()
     if saved is not None:

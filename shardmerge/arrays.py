@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.kernels.compile import Form
+from shardmerge.kernels.compile import OUTPUT_BIT, Form
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Inputs, Kernels, numbers_of
-from shardmerge.methods.api import Decision, Kind, Method, Pass, info_of, levels_of
-from shardmerge.numerics import CANONICAL_BLOCK, DType, philox_key
+from shardmerge.methods.api import Array, Decision, Kind, Method, Pass, info_of, levels_of
+from shardmerge.methods.scaled import Scaled
+from shardmerge.numerics import CANONICAL_BLOCK, DType, ExactSums, philox_key, to_floats
 from shardmerge.summaries import Partial, Summary, combine, settle
 
 _KERNELS = Kernels()
@@ -47,8 +49,9 @@ def merge_arrays(
         extras=tuple((kind, (DType.F32,) * len(values)) for kind, values in extras.items()),
     )
     flat = [array.reshape(-1) for array in arrays]
-    merged, _ = merge_raw(method, inputs, flat, output=DType.F32, seed=seed)
-    return merged.view(np.float32).reshape(arrays[0].shape).tolist()
+    shape = arrays[0].shape
+    merged, _ = merge_raw(method, inputs, flat, output=DType.F32, seed=seed, shape=shape)
+    return merged.view(np.float32).reshape(shape).tolist()
 
 
 def merge_raw(
@@ -60,14 +63,18 @@ def merge_raw(
     seed: int = 0,
     tensor: str = "tensor",
     tile: int = 64 * CANONICAL_BLOCK,
+    shape: tuple[int, ...] = (),
 ) -> tuple[npt.NDArray[np.uint8], int]:
     """Merge stored arrays; gives the bytes of the result and which inputs hold NaN or infinity.
 
     Args:
         inputs: dtypes of ``arrays``, which lie in the order of ``inputs.dtypes``.
         tile: elements that a kernel is run on at a time, a multiple of the canonical block.
+        shape: of the tensor, for methods that see matrices as a whole.
     """
     info = info_of(method)
+    if info.adds:
+        return _added(method, inputs, arrays, output, shape, tile)
     levels = levels_of(method)
     keys = _keys(seed, len(inputs.models), tensor)
     summaries: dict[str, Summary] = {}
@@ -96,6 +103,104 @@ def merge_raw(
             output=result[start * output.itemsize :],
         )
     return result, flags
+
+
+def _added(
+    method: Method,
+    inputs: Inputs,
+    arrays: Sequence[Raw],
+    output: DType,
+    shape: tuple[int, ...],
+    tile: int,
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """The base model and the scaled sum of task vectors: two passes, as in two runs.
+
+    Where the order is drawn, it is that of seed 0.
+    """
+    order = method.order(len(inputs.models), 0)
+    dtypes = [inputs.dtypes[0], *(inputs.models[place] for place in order)]
+    arrays = [arrays[0], *(arrays[1 + place] for place in order)]
+    values = [to_floats(a.view(np.uint8), d) for a, d in zip(arrays, dtypes, strict=True)]
+    flags = sum(int(not np.isfinite(value).all()) << k for k, value in enumerate(values))
+    total, squared = _summed(method, dtypes, arrays, values, shape, tile)
+    norms = [math.sqrt(value) for value in squared]
+    scale = method.scale(norms[:-1], norms[-1])
+    finish = info_of(Scaled())
+    kernel = _KERNELS.get(
+        Scaled(), finish.merge_pass, Inputs(dtypes[0], (DType.F32,)), {"scale": (scale,)}, output
+    )
+    result = np.zeros(total.size * output.itemsize, dtype=np.uint8)
+    bits = kernel(
+        count=total.size,
+        first=0,
+        inputs=[arrays[0].ctypes.data, total.ctypes.data],
+        parameters=numbers_of(Scaled(), finish.merge_pass, {"scale": (scale,)}),
+        keys=_keys(0, 1, ""),
+        output=result,
+    )
+    return result, flags | (1 << OUTPUT_BIT if bits else 0)
+
+
+def _summed(
+    method: Method,
+    dtypes: Sequence[DType],
+    arrays: Sequence[Raw],
+    values: Sequence[Array],
+    shape: tuple[int, ...],
+    tile: int,
+) -> tuple[npt.NDArray[np.float32], tuple[float, ...]]:
+    """The sum of task vectors, and the sums of squares."""
+    info, count = info_of(method), arrays[0].size
+    if info.matrix_pass is not None and method.whole("tensor", shape):
+        blocks = [value.reshape(-1, *shape[-2:]) for value in values]
+        found = [
+            info.matrix_pass.function(method, _Whole([block[i] for block in blocks]))
+            for i in range(len(blocks[0]))
+        ]
+        squared = zip(*(sums for _, sums in found), strict=True)
+        return np.concatenate([total.reshape(-1) for total, _ in found]), tuple(map(sum, squared))
+    inputs = Inputs(dtypes[0], tuple(dtypes[1:]))
+    merge = _KERNELS.get(method, info.merge_pass, inputs, {}, DType.F32)
+    assert info.sum_pass is not None
+    sums = _KERNELS.get(method, info.sum_pass, inputs, {}, DType.F32)
+    total, exact = np.zeros(count, dtype=np.float32), ExactSums(sums.width)
+    for start in range(0, count, tile):
+        parts = np.zeros((-(-min(tile, count - start) // CANONICAL_BLOCK), sums.width))
+        addresses = [array[start:].ctypes.data for array in (*arrays, total)]
+        for kernel, into, step in (
+            (merge, total[start:], info.merge_pass),
+            (sums, parts, info.sum_pass),
+        ):
+            kernel(
+                count=min(tile, count - start),
+                first=start,
+                inputs=addresses,
+                parameters=numbers_of(method, step, {}),
+                keys=_keys(0, 1, ""),
+                output=into,
+            )
+        exact.add(parts)
+    return total, exact.rounded()
+
+
+class _Whole:
+    """A matrix of every input, in memory; see ``Matrices``."""
+
+    def __init__(self, values: Sequence[Array]) -> None:
+        self._base, *self._models = values
+
+    @property
+    def models(self) -> int:
+        """How many models there are."""
+        return len(self._models)
+
+    def delta(self, model: int) -> Array:
+        """The task vector of a model."""
+        return self._models[model] - self._base
+
+    def extra(self, kind: str) -> Array | None:
+        """None: there are no others."""
+        return None
 
 
 def _measured(

@@ -426,6 +426,7 @@ def provenance(
     files: Mapping[str, bytes],
     non_finite: int,
     notes: Sequence[str],
+    sums: Sequence[float],
 ) -> bytes:
     """What ``shardmerge.json`` says: what the shards were made from, and their checksums.
 
@@ -438,8 +439,9 @@ def provenance(
         files: the other files; the model card's checksum is left out, since cards are edited.
         non_finite: how many inputs and results hold NaN or infinity; 0 unless the recipe allows it.
         notes: every default that was used.
+        sums: what the method has summed up over the model; none for most.
     """
-    record = {
+    record: dict[str, object] = {
         "shardmerge": version,
         "fingerprint": fingerprint,
         "recipe": public_text(recipe.text),
@@ -459,4 +461,6 @@ def provenance(
         "non_finite_tensors": non_finite,
         "notes": [public_text(note) for note in notes],
     }
+    if sums:
+        record["sums"] = list(sums)
     return as_json(record)

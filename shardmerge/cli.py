@@ -8,32 +8,30 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from shardmerge import __version__, methods
+from shardmerge import methods
+from shardmerge.arguments import parser, settings_of
 from shardmerge.errors import ShardmergeError, Stopped, UsageError, VerifyError
-from shardmerge.kernels.device import AUTO, DEVICES
 from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
-from shardmerge.stores import Settings, Stores
-from shardmerge.stores.settings import parse_s3
+from shardmerge.stores import Stores
 
 if TYPE_CHECKING:
+    from shardmerge.continual import State
+    from shardmerge.merge import Where
     from shardmerge.publish import Published
-
-EXIT_CODES = "exit status: 0 done, 1 failed, 2 bad usage or recipe, 3 stopped but resumable"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
     _have_streams()
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     # A tensor's or a file's name may hold what the terminal's encoding does not have.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -65,8 +63,7 @@ def _have_streams() -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        status: int = options.run(options)
-        return status
+        return COMMANDS[options.command](options)
     except ShardmergeError as problem:
         _tell(problem, options)
         return problem.exit_code
@@ -78,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
 def _tell(problem: ShardmergeError, options: argparse.Namespace) -> None:
     """An error on stderr: in words, or as one more event where stderr is JSON lines."""
     kind = type(problem).__name__
-    if options.run in (_merge, _worker) and options.json:
+    if options.command in TOLD_IN_EVENTS and options.json:
         error = {"event": "error", "kind": kind, "message": str(problem)}
         print(json.dumps(error), file=sys.stderr)
     else:
@@ -93,219 +90,6 @@ def _let_go() -> None:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-_Commands = argparse._SubParsersAction  # argparse has no public name for it
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shardmerge",
-        description="Merge model checkpoints, tile by tile, in constant memory.",
-        epilog=EXIT_CODES,
-    )
-    parser.add_argument("--version", action="version", version=f"shardmerge {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_merge(commands)
-    _add_plan(commands)
-    _add_slices(commands)
-    _add_looking(commands)
-    _add_methods(commands)
-    return parser
-
-
-def _add_merge(commands: _Commands[argparse.ArgumentParser]) -> None:
-    merge = commands.add_parser("merge", help="merge checkpoints into a new one", epilog=EXIT_CODES)
-    merge.set_defaults(run=_merge)
-    merge.add_argument("recipe", help="YAML recipe (mergekit's vocabulary)")
-    merge.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
-    _resources(merge)
-    _places(merge)
-    merge.add_argument(
-        "--address",
-        metavar="ADDRESS",
-        help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT (default: one is started here)",
-    )
-    merge.add_argument(
-        "--gpus",
-        type=_gpus,
-        default=1.0,
-        metavar="PART",
-        help="of a GPU for each worker of a cluster with --device cuda; 0.5: two share one "
-        "(default 1)",
-    )
-    merge.add_argument(
-        "--overwrite", action="store_true", help="replace another checkpoint at OUT when done"
-    )
-    merge.add_argument("--fresh", action="store_true", help="forget an unfinished run at OUT")
-    merge.add_argument(
-        "--json", action="store_true", help="progress on stderr and the result as JSON lines"
-    )
-    merge.add_argument("--quiet", action="store_true", help="no progress")
-
-
-def _add_plan(commands: _Commands[argparse.ArgumentParser]) -> None:
-    plan = commands.add_parser("plan", help="say what a merge would do; costs nothing")
-    plan.set_defaults(run=_plan)
-    plan.add_argument("recipe", help="YAML recipe")
-    plan.add_argument("out", nargs="?", default="OUT", help="folder of the new checkpoint")
-    _resources(plan)
-    _places(plan)
-    plan.add_argument("--json", action="store_true", help="as one JSON object")
-    plan.add_argument(
-        "--save", metavar="FILE", help="write what 'worker' and 'publish' go by (needs OUT)"
-    )
-
-
-def _add_slices(commands: _Commands[argparse.ArgumentParser]) -> None:
-    worker = commands.add_parser(
-        "worker", help="do a slice of a saved plan, as an array's element", epilog=EXIT_CODES
-    )
-    worker.set_defaults(run=_worker)
-    worker.add_argument("--plan", required=True, metavar="FILE", help="of 'plan --save'")
-    worker.add_argument(
-        "--slice", type=_slice, required=True, metavar="I/N", help="slice I (from 0) of N"
-    )
-    worker.add_argument("--json", action="store_true", help="as JSON lines")
-
-    publish = commands.add_parser(
-        "publish", help="publish what all slices of a saved plan have written", epilog=EXIT_CODES
-    )
-    publish.set_defaults(run=_publish)
-    publish.add_argument("--plan", required=True, metavar="FILE", help="of 'plan --save'")
-    publish.add_argument("--json", action="store_true", help="as one JSON object")
-
-
-def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
-    verify = commands.add_parser("verify", help="check a published checkpoint, every byte")
-    verify.set_defaults(run=_verify)
-    verify.add_argument("checkpoint", help="its folder")
-    _places(verify)
-    verify.add_argument("--json", action="store_true", help="as one JSON object")
-
-    inspect = commands.add_parser("inspect", help="list tensors, dtypes, shapes, sizes")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("checkpoint", help="folder or .safetensors file")
-    _places(inspect)
-    inspect.add_argument("--json", action="store_true", help="as JSON lines")
-
-    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor")
-    diff.set_defaults(run=_diff)
-    diff.add_argument("a", help="a checkpoint")
-    diff.add_argument("b", help="another")
-    _places(diff)
-    diff.add_argument("--json", action="store_true", help="as JSON lines")
-
-    report = commands.add_parser("report", help="say where the time of a merge went")
-    report.set_defaults(run=_report)
-    report.add_argument("checkpoint", help="folder that it was published at")
-    _places(report)
-    report.add_argument("--json", action="store_true", help="as one JSON object")
-
-    clean = commands.add_parser("clean", help="remove what an abandoned run has left")
-    clean.set_defaults(run=_clean)
-    clean.add_argument("out", help="where it was to publish")
-    _places(clean)
-    clean.add_argument("--dry-run", action="store_true", help="only list it")
-
-
-def _add_methods(commands: _Commands[argparse.ArgumentParser]) -> None:
-    listing = commands.add_parser("methods", help="list merge methods")
-    listing.set_defaults(run=_methods)
-    listing.add_argument("--json", action="store_true", help="as JSON lines")
-
-    explain = commands.add_parser("explain", help="the page of one merge method")
-    explain.set_defaults(run=_explain)
-    explain.add_argument("method", help="its name")
-
-
-def _resources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--executor",
-        choices=("local", "ray", "slurm-array"),
-        default="local",
-        help="where tasks run (default local)",
-    )
-    parser.add_argument(
-        "--memory",
-        type=_bytes,
-        default=_bytes("4GiB"),
-        metavar="SIZE",
-        help="most anonymous memory of the process, or of each worker of a cluster (default 4GiB)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_count,
-        metavar="N",
-        help="kernels at a time (default: every CPU; on CUDA at most 4 are)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default=AUTO,
-        help="where kernels run; auto: on CUDA where there is a device (default %(default)s)",
-    )
-
-
-def _places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--s3",
-        action="append",
-        default=[],
-        metavar="[BUCKET:]NAME=VALUE",
-        help="a setting of S3 (anonymous, profile, endpoint_url, storage_class, ...), repeatable",
-    )
-    parser.add_argument(
-        "--patience",
-        type=_minutes,
-        default=Settings().patience_minutes,
-        metavar="MINUTES",
-        help="how long a failing server is asked again (default %(default)g)",
-    )
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(options.patience, parse_s3(options.s3))
-
-
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{p}b": 1000**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
-_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate(("k", "m", "g", "t"), 1)}
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write 4GiB, 512MiB or 2GB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
-
-
-def _minutes(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of minutes; write 10 or 0.5")
-    return float(text)
-
-
-def _slice(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no slice; of eight, they are 0/8 to 7/8")
-    return int(found[1]), int(found[2])
-
-
-def _gpus(text: str) -> float:
-    found = float(text) if re.fullmatch(r"\d(\.\d{1,4})?", text) else 0.0
-    if not 0 < found <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no part of a GPU; write 1, 0.5 or 0.25")
-    return found
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"\d{1,4}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no count; write a number from 1 to 9999")
-    return int(text)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -331,7 +115,7 @@ def _merge(options: argparse.Namespace) -> int:
                 fresh=options.fresh,
                 progress=display,
                 stop=stop,
-                settings=_settings(options),
+                settings=settings_of(options),
             )
         finally:
             display.close()
@@ -387,24 +171,22 @@ def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
 
 def _plan(options: argparse.Namespace) -> int:
     from shardmerge.describe import describe_plan, plan_text
-    from shardmerge.merge import prepare
+    from shardmerge.merge import Where, prepare
 
-    ready = prepare(
-        options.recipe,
-        options.out,
+    where = Where(
         executor="slurm-array" if options.save else options.executor,
         memory_bytes=options.memory,
         threads=options.threads,
         device=options.device,
-        settings=_settings(options),
     )
+    ready = prepare(options.recipe, options.out, where, settings=settings_of(options))
     if options.save:
         from shardmerge.slices import save_order
 
         if options.out == "OUT":
             raise UsageError("--save needs the place of the new checkpoint: plan RECIPE OUT --save")
         save_order(options.save, ready, options.recipe, options.threads)
-    facts = describe_plan(ready.plan)
+    facts = describe_plan(ready.plan, ready.first.plan if ready.first else None)
     print(json.dumps(facts) if options.json else plan_text(facts))
     return 0
 
@@ -453,7 +235,7 @@ def _go_to(folder: str) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from shardmerge.verify import verify
 
-    report = verify(options.checkpoint, Stores(_settings(options)))
+    report = verify(options.checkpoint, Stores(settings_of(options)))
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
     if report.problems:
@@ -474,7 +256,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from shardmerge.describe import describe_checkpoint, describe_tensor
     from shardmerge.sources import open_checkpoint
 
-    checkpoint = open_checkpoint(options.checkpoint, None, Stores(_settings(options)))
+    checkpoint = open_checkpoint(options.checkpoint, None, Stores(settings_of(options)))
     for tensor in checkpoint.tensors.values():
         facts = describe_tensor(checkpoint, tensor)
         if options.json:
@@ -490,7 +272,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from shardmerge.diff import diff
 
-    for found in diff(options.a, options.b, Stores(_settings(options))):
+    for found in diff(options.a, options.b, Stores(settings_of(options))):
         if options.json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
@@ -501,7 +283,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from shardmerge.report import read_records, report_of, report_text
 
-    report = report_of(read_records(options.checkpoint, Stores(_settings(options))))
+    report = report_of(read_records(options.checkpoint, Stores(settings_of(options))))
     print(json.dumps(dataclasses.asdict(report)) if options.json else report_text(report))
     return 0
 
@@ -509,7 +291,7 @@ def _report(options: argparse.Namespace) -> int:
 def _clean(options: argparse.Namespace) -> int:
     from shardmerge.outputs import open_output
 
-    output = open_output(options.out, Stores(_settings(options)))
+    output = open_output(options.out, Stores(settings_of(options)))
     found = output.leftovers()
     if found and not options.dry_run:
         with output.locked():
@@ -542,3 +324,136 @@ def _explain(options: argparse.Namespace) -> int:
 
     print(method_page(methods.get(options.method)))
     return 0
+
+
+# --- continual merging --------------------------------------------------------------------------
+
+
+def _state(options: argparse.Namespace, stop: threading.Event | None = None) -> State:
+    from shardmerge.continual import State
+
+    return State(options.state, settings_of(options), stop)
+
+
+def _where(options: argparse.Namespace) -> Where:
+    from shardmerge.merge import Where
+
+    where = Where(
+        executor=options.executor,
+        address=options.address,
+        device=options.device,
+        gpus=options.gpus,
+        memory_bytes=options.memory,
+        threads=options.threads,
+    )
+    where.check()
+    return where
+
+
+def _continual_init(options: argparse.Namespace) -> int:
+    rules = ""
+    if options.rules is not None:
+        try:
+            rules = Path(options.rules).read_text()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(f"cannot read {options.rules}: {problem}") from None
+    record = _state(options).init(
+        options.base,
+        method=options.method,
+        settings=options.set,
+        rules=rules,
+        keep=options.keep,
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(record)))
+    else:
+        print(f"{options.state}: begun; {record.method} on {record.base.model}")
+    return 0
+
+
+def _continual_add(options: argparse.Namespace) -> int:
+    where = _where(options)
+    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
+    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
+        state = _state(options, stop)
+        if options.plan:
+            ready = state.plan_add(options.model, where)
+        else:
+            try:
+                step = state.add(
+                    options.model, where, name=options.name, keep=options.keep, progress=display
+                )
+            finally:
+                display.close()
+    if options.plan:
+        from shardmerge.describe import describe_plan, plan_text
+
+        facts = describe_plan(ready.plan)
+        facts["disk_bytes"] = ready.plan.output_bytes + sum(state.kept_bytes().values())
+        print(json.dumps(facts) if options.json else plan_text(facts))
+    elif options.json:
+        print(json.dumps(dataclasses.asdict(step)))
+    else:
+        print(
+            f"{options.state}: added {step.model.name} as step {step.number}; task vector norm "
+            f"{step.norm:.6g}, lambda {1 / step.scale:.6g}"
+        )
+    return 0
+
+
+def _continual_status(options: argparse.Namespace) -> int:
+    from shardmerge.describe import describe_state, state_text
+
+    state = _state(options)
+    facts = describe_state(state.url, state.record(), state.kept_bytes())
+    print(json.dumps(facts) if options.json else state_text(facts))
+    return 0
+
+
+def _continual_publish(options: argparse.Namespace) -> int:
+    where = _where(options)
+    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
+    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
+        try:
+            published = _state(options, stop).publish(
+                options.out,
+                where,
+                dtype=options.dtype,
+                overwrite=options.overwrite,
+                fresh=options.fresh,
+                progress=display,
+            )
+        finally:
+            display.close()
+    return _tell_published(published, as_json=options.json)
+
+
+def _continual_undo(options: argparse.Namespace) -> int:
+    model = _state(options).undo()
+    if options.json:
+        print(json.dumps(dataclasses.asdict(model)))
+    else:
+        print(f"{options.state}: {model.name} is no longer in it")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "merge": _merge,
+    "plan": _plan,
+    "continual init": _continual_init,
+    "continual add": _continual_add,
+    "continual status": _continual_status,
+    "continual publish": _continual_publish,
+    "continual undo": _continual_undo,
+    "worker": _worker,
+    "publish": _publish,
+    "verify": _verify,
+    "inspect": _inspect,
+    "diff": _diff,
+    "report": _report,
+    "clean": _clean,
+    "methods": _methods,
+    "explain": _explain,
+}
+TOLD_IN_EVENTS = ("merge", "worker", "continual add", "continual publish")
+"""Commands whose stderr is JSON lines with ``--json``."""

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from shardmerge.memory import footprint_bytes
-from shardmerge.methods.api import MethodInfo, info_of
+from shardmerge.match import OutputTensor
+from shardmerge.matrices import block_shape
+from shardmerge.memory import footprint_bytes, matrix_bytes
+from shardmerge.methods.api import Method, MethodInfo, info_of
 from shardmerge.plan import MeasureTask, MergeTask, Plan
 from shardmerge.progress import counted, size
 from shardmerge.sources.tensor import Checkpoint, TensorRef
+from shardmerge.state import Record
 
 
-def describe_plan(plan: Plan) -> dict[str, object]:
-    """A plan's figures, as JSON values."""
-    measures = [task for task in plan.tasks if isinstance(task, MeasureTask)]
-    merges = [task for task in plan.tasks if isinstance(task, MergeTask)]
-    used = Counter(
-        "copy" if tensor.method is None else info_of(tensor.method).name for tensor in plan.tensors
-    )
-    passes = Counter(task.step for task in measures)
-    fused = sum(task.resident for task in merges)
+def describe_plan(plan: Plan, first: Plan | None = None) -> dict[str, object]:
+    """A plan's figures, as JSON values.
+
+    Args:
+        first: the plan of the sum that is made before.
+    """
+    plans = [plan] if first is None else [first, plan]
+    summed = {} if first is None else {tensor.name: tensor for tensor in first.tensors}
+    tensors = [summed.get(tensor.name, tensor) for tensor in plan.tensors]
+    used = Counter("copy" if t.method is None else info_of(t.method).name for t in tensors)
+    tasks = [task for each in plans for task in each.tasks]
+    scratch = 0 if first is None else first.output_bytes
     return {
         "out": plan.out,
         "tensors": len(plan.tensors),
         "methods": dict(sorted(used.items())),
-        "tasks": len(plan.tasks),
-        "passes": {
-            **{f"measure {step}": count for step, count in passes.items()},
-            "measure and merge in one read": fused,
-            "merge": len(merges) - fused,
-        },
-        "read_bytes": plan.read_bytes,
+        "projected": _projected(tensors),
+        "tasks": len(tasks),
+        "passes": _passes(plan, first),
+        "read_bytes": sum(each.read_bytes for each in plans),
         "write_bytes": plan.output_bytes,
-        "scratch_bytes": 0,
-        "disk_bytes": plan.output_bytes,
+        "scratch_bytes": scratch,
+        "disk_bytes": plan.output_bytes + scratch,
         "device": plan.device,
-        "workers": plan.workers,
+        "workers": min(each.workers for each in plans),
         "memory_bytes": plan.memory_bytes,
-        "worker_bytes": max((task.memory_bytes for task in plan.tasks), default=0),
+        "worker_bytes": max((task.memory_bytes for task in tasks), default=0),
         "footprint_bytes": footprint_bytes(plan.device),
-        "peak_bytes": plan.peak_bytes,
+        "peak_bytes": max(each.peak_bytes for each in plans),
         "shards": [
             {
                 "name": shard.name,
@@ -51,6 +55,46 @@ def describe_plan(plan: Plan) -> dict[str, object]:
         ],
         "notes": [*plan.recipe.notes, *plan.outputs.notes],
     }
+
+
+def _passes(plan: Plan, first: Plan | None) -> dict[str, int]:
+    """How many tasks there are of each kind."""
+    merges = [task for task in plan.tasks if isinstance(task, MergeTask)]
+    fused = sum(task.resident for task in merges)
+    measures = [
+        (each, task)
+        for each in (first, plan)
+        for task in (each.tasks if each else ())
+        if isinstance(task, MeasureTask)
+    ]
+    sums = sum(isinstance(task, MergeTask) for task in first.tasks) if first else 0
+    return {
+        **Counter(f"measure {task.step}" for _, task in measures),
+        **({"sum": sums} if sums else {}),
+        "measure and merge in one read": fused,
+        "merge": len(merges) - fused,
+    }
+
+
+def _projected(tensors: Sequence[OutputTensor]) -> dict[str, object] | None:
+    """The tensors of which a method sees whole matrices; None where none does."""
+    whole = [tensor for tensor in tensors if tensor.whole]
+    if not whole:
+        return None
+    largest = max(whole, key=matrix_bytes)
+    return {
+        "tensors": len(whole),
+        "not": list(_tables(largest)),
+        "largest": largest.name,
+        "largest_shape": list(block_shape(largest.shape)),
+        "largest_bytes": matrix_bytes(largest),
+    }
+
+
+def _tables(tensor: OutputTensor) -> tuple[str, ...]:
+    method: Method = tensor.method
+    tables: tuple[str, ...] = method.tables()
+    return tables
 
 
 def plan_text(facts: dict[str, object]) -> str:
@@ -69,10 +113,18 @@ def plan_text(facts: dict[str, object]) -> str:
     def nbytes(name: str) -> str:
         return size(number(name))
 
-    shards, notes = facts["shards"], facts["notes"]
+    shards, notes, projected = facts["shards"], facts["notes"], facts["projected"]
     assert isinstance(shards, list) and isinstance(notes, list)
-    lines = [
-        f"tensors   {facts['tensors']}: {counts('methods')}",
+    lines = [f"tensors   {facts['tensors']}: {counts('methods')}"]
+    if isinstance(projected, dict):
+        rows, columns = projected["largest_shape"]
+        lines += [
+            f"projected {projected['tensors']} as whole matrices; not "
+            f"{', '.join(projected['not'])}, unless a rule says project: always",
+            f"  {projected['largest']}  {rows}x{columns} takes the most, "
+            f"{size(projected['largest_bytes'])}",
+        ]
+    lines += [
         f"tasks     {facts['tasks']}: {counts('passes')}",
         f"read      {nbytes('read_bytes')}",
         f"write     {nbytes('write_bytes')} in {counted(len(shards), 'shard')}",
@@ -130,4 +182,58 @@ def method_page(info: MethodInfo) -> str:
         lines.append(f"  each model also names: {', '.join(f'{kind}:' for kind in info.extras)}")
     if info.inert:
         lines.append(f"  accepted without effect: {', '.join(info.inert)}")
+    return "\n".join(lines)
+
+
+def describe_state(url: str, record: Record, kept: Mapping[str, int]) -> dict[str, object]:
+    """A state of continual merging, as JSON values.
+
+    Args:
+        kept: bytes of the sums that are there, by folder.
+    """
+    return {
+        "state": url,
+        "method": record.method,
+        "parameters": dict(record.parameters),
+        "base": str(record.base.model),
+        "keep": record.keep,
+        "disk_bytes": sum(kept.values()),
+        "pending": None if record.pending is None else str(record.pending.model),
+        "steps": [
+            {
+                "step": step.number,
+                "name": step.model.name,
+                "model": str(step.model.model),
+                "norm": step.norm,
+                "lambda": 1 / step.scale,
+                "added": step.added,
+                "sum": step.folder,
+                "sum_bytes": kept.get(step.folder or "", 0),
+            }
+            for step in record.steps
+        ],
+    }
+
+
+def state_text(facts: Mapping[str, object]) -> str:
+    """The same for people."""
+    parameters, steps = facts["parameters"], facts["steps"]
+    assert isinstance(parameters, dict) and isinstance(steps, list)
+    settings = "".join(f", {key} {value}" for key, value in parameters.items())
+    disk = facts["disk_bytes"]
+    assert isinstance(disk, int)
+    lines = [
+        f"method    {facts['method']}{settings}",
+        f"base      {facts['base']}",
+        f"models    {len(steps)}",
+        *(
+            f"  {step['step']}  {step['name']}: norm {step['norm']:.6g}, lambda "
+            f"{step['lambda']:.6g}, "
+            + (f"sum of {size(step['sum_bytes'])} kept" if step["sum"] else "sum not kept")
+            for step in steps
+        ),
+        f"disk      {size(disk)}; the last {facts['keep']} sums are kept",
+    ]
+    if facts["pending"] is not None:
+        lines.append(f"begun     {facts['pending']}: add it again to go on, or undo to drop it")
     return "\n".join(lines)

@@ -12,7 +12,9 @@
     │   └── SourceChangedError   exit 1   an input changed while it was being merged
     ├── OutputError              exit 1   the output place cannot be used
     │   ├── LockedError          exit 1   another run is writing there
-    │   └── LedgerMismatchError  exit 1   the unfinished run there is another's
+    │   ├── LedgerMismatchError  exit 1   the unfinished run there is another's
+    │   └── PartsMissingError    exit 1   slices have not written all that is to be published
+    ├── StateError               exit 1   a state of continual merging cannot take this step
     ├── ClusterError             exit 1   a cluster cannot do the work, or has failed at it
     ├── DeviceError              exit 1   a CUDA device failed, or its memory does not suffice
     ├── VerifyError              exit 1   a published checkpoint is not what its provenance says
@@ -86,6 +88,14 @@ class LockedError(OutputError):
 
 class LedgerMismatchError(OutputError):
     """An unfinished run of another recipe, or of changed sources."""
+
+
+class PartsMissingError(OutputError):
+    """Parts that slices have not written yet."""
+
+
+class StateError(ShardmergeError):
+    """A step that a state of continual merging cannot take."""
 
 
 class ClusterError(ShardmergeError):

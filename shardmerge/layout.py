@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Consecutive parts that hold whole tensors: what a task can compute from one read."""
+    """Consecutive parts that hold whole tensors, or whole matrices of one: a task's, at most."""
 
     parts: tuple[Part, ...]
 
@@ -88,11 +88,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What the layout needs to know of an output tensor."""
+    """What the layout needs to know of an output tensor.
+
+    Args:
+        grain: elements that are computed together; a unit holds a multiple of them.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    grain: int = 1
 
     @property
     def numel(self) -> int:
@@ -194,9 +199,10 @@ def _units(tensors: Sequence[tuple[int, Spec]], part_bytes: int) -> Iterator[lis
             yield [batch]
             batch, filled = [], 0
         if tensor.nbytes > part_bytes:
-            pieces = _cut(whole, tensor.dtype.itemsize, part_bytes)
-            yield [[*batch, pieces[0]], *([piece] for piece in pieces[1:])]
-            batch, filled = [], 0
+            for block in _blocks(whole, tensor, part_bytes):
+                pieces = _cut(block, tensor.dtype.itemsize, part_bytes)
+                yield [[*batch, pieces[0]], *([piece] for piece in pieces[1:])]
+                batch, filled = [], 0
         else:
             batch.append(whole)
             filled += tensor.nbytes
@@ -204,9 +210,20 @@ def _units(tensors: Sequence[tuple[int, Spec]], part_bytes: int) -> Iterator[lis
         yield [batch]
 
 
+def _blocks(whole: Piece, tensor: Spec, part_bytes: int) -> list[Piece]:
+    """Even pieces of about ``part_bytes`` that hold whole grains; all of it where that is 1."""
+    if tensor.grain == 1:
+        return [whole]
+    grains = whole.stop // tensor.grain
+    count = min(grains, math.ceil(tensor.nbytes / part_bytes))
+    edges = [i * grains // count * tensor.grain for i in range(count + 1)]
+    return [Piece(whole.tensor, start, stop) for start, stop in pairwise(edges)]
+
+
 def _cut(whole: Piece, itemsize: int, part_bytes: int) -> list[Piece]:
     """Even pieces of at most about ``part_bytes``, cut between canonical blocks."""
-    count = math.ceil(whole.stop * itemsize / part_bytes)
-    blocks = math.ceil(whole.stop / CANONICAL_BLOCK)
-    edges = [round(i * blocks / count) * CANONICAL_BLOCK for i in range(count)] + [whole.stop]
-    return [Piece(whole.tensor, start, stop) for start, stop in pairwise(edges)]
+    numel = whole.stop - whole.start
+    count = math.ceil(numel * itemsize / part_bytes)
+    blocks = math.ceil(numel / CANONICAL_BLOCK)
+    edges = [whole.start + round(i * blocks / count) * CANONICAL_BLOCK for i in range(count)]
+    return [Piece(whole.tensor, start, stop) for start, stop in pairwise([*edges, whole.stop])]

@@ -78,7 +78,8 @@ class Ledger:
                 found = rest.get("non_finite", [])
                 pairs = tuple((int(t), int(k)) for t, k in found)  # type: ignore[attr-defined]
                 tag = str(rest.get("tag", ""))
-                self.receipts[shard, number] = Receipt(shard, number, n, crc, tag, pairs)
+                sums = tuple(map(float, rest.get("sums", ())))  # type: ignore[call-overload]
+                self.receipts[shard, number] = Receipt(shard, number, n, crc, tag, pairs, sums)
             case {"decision": str(key), "values": list(values)}:
                 self.decisions[key] = tuple(float(value) for value in values)
             case {"ran": dict(values)}:
@@ -127,6 +128,8 @@ class Ledger:
                 record["tag"] = receipt.tag
             if receipt.non_finite:
                 record["non_finite"] = [list(pair) for pair in receipt.non_finite]
+            if receipt.sums:
+                record["sums"] = list(receipt.sums)
             records.append(record)
         for key, values in (decisions or {}).items():
             records.append({"decision": key, "values": list(values)})

@@ -7,17 +7,18 @@ fit is refused, all of it at once, with the rule that would decide it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardmerge import methods, mismatch
 from shardmerge.errors import PlanError, RecipeError
 from shardmerge.inputs import Chooser, Inputs
 from shardmerge.layers import input_embedding, is_vocabulary, output_embeddings
-from shardmerge.methods.api import Method
+from shardmerge.matrices import split_problem
+from shardmerge.methods.api import Method, info_of
 from shardmerge.mismatch import Findings
 from shardmerge.numerics import DType, promote
 from shardmerge.parts import Part, layered_parts, plain_part, tied_views
-from shardmerge.recipe import ModelName, Recipe, Setting, method_for
+from shardmerge.recipe import ModelName, Recipe, Setting, Split, method_for
 from shardmerge.sources.tensor import Checkpoint, TensorRef
 
 SHARD_BYTES = 5 * 10**9
@@ -42,6 +43,8 @@ class OutputTensor:
         wide: whether values are float64 while they are merged.
         group: tensors of one group are made from the same models; a measure over the model is
             taken over a group.
+        whole: whether the method sees matrices as a whole, not element by element.
+        split: the matrices in each of the tensor's, where a rule says so.
     """
 
     name: str
@@ -54,6 +57,8 @@ class OutputTensor:
     extras: tuple[tuple[str, tuple[TensorRef, ...]], ...]
     wide: bool
     group: int
+    whole: bool = False
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,8 @@ class _Fitter:
         extras = self._extras(part, name, inputs)
         if method is None or extras is None:
             return None
+        whole, split = self._matrices(method, name, shape, inputs)
+        inputs = self._ordered(method, inputs)
         return OutputTensor(
             name=name,
             shape=shape,
@@ -187,6 +194,34 @@ class _Fitter:
             extras=extras,
             wide=(self._recipe.dtype or stored) is DType.F64,
             group=self._group(part, inputs),
+            whole=whole,
+            split=split,
+        )
+
+    def _matrices(
+        self, method: Method, name: str, shape: tuple[int, ...], inputs: Inputs
+    ) -> tuple[bool, Split | None]:
+        """Whether the method sees matrices of this tensor as a whole, and how they lie in it."""
+        info = info_of(method)
+        whole = info.matrix_pass is not None and method.whole(name, shape)
+        splits = [self._recipe.rules[number].split for number in inputs.rules]
+        split = next((split for split in reversed(splits) if split), None)
+        if split is None:
+            return whole, None
+        wrong = split_problem(shape, split) if whole else f"{info.name} takes it element by element"
+        if wrong:
+            self._findings.problem(mismatch.Parameters(f"split: {wrong}"), name)
+        return whole, split if whole and not wrong else None
+
+    def _ordered(self, method: Method, inputs: Inputs) -> Inputs:
+        """The models in the order in which they are added one after the other."""
+        if not hasattr(method, "order"):
+            return inputs
+        order = method.order(len(inputs.models), self._recipe.seed)
+        return replace(
+            inputs,
+            models=tuple(inputs.models[place] for place in order),
+            positions=tuple(inputs.positions[place] for place in order),
         )
 
     def _integers(self, part: Part, name: str, inputs: Inputs) -> OutputTensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 
 from shardmerge.decode import scale_bytes
@@ -14,7 +15,8 @@ from shardmerge.errors import MemoryBudgetError
 from shardmerge.kernels.device import CUDA
 from shardmerge.kernels.trace import Inputs
 from shardmerge.match import OutputTensor
-from shardmerge.methods.api import HISTOGRAM_BINS, Pass
+from shardmerge.matrices import block_numel, block_shape, matrix_shapes
+from shardmerge.methods.api import HISTOGRAM_BINS, Pass, info_of
 from shardmerge.numerics import CANONICAL_BLOCK, DType
 from shardmerge.sources.tensor import TensorRef
 from shardmerge.stores.api import is_remote
@@ -33,6 +35,8 @@ LOCAL_WORKERS = 2
 """Workers for each CPU, so that some read and write while others compute."""
 REMOTE_WORKERS = 4
 """The same where they wait for a network."""
+CONVERTED = 16 * CANONICAL_BLOCK
+"""Elements of a matrix that are converted at a time."""
 COMFORTABLE_BYTES = 64 * 2**20
 """Memory of a worker below which fewer workers are better than smaller tiles."""
 CUDA_COMFORTABLE_BYTES = 256 * 2**20
@@ -151,6 +155,41 @@ def resident_bytes(tensor: OutputTensor, device: str) -> int:
     )
 
 
+# --- whole matrices ------------------------------------------------------------------------------
+
+
+def matrix_bytes(tensor: OutputTensor) -> int:
+    """Memory for the largest matrix of a tensor whose method sees it as a whole.
+
+    The base model's stored elements stay, one more input is read at a time, and the result of a
+    block stays until it is written. The pass tells what it takes in float32.
+    """
+    step = info_of(tensor.method).matrix_pass
+    assert step is not None and step.workspace is not None
+    columns = block_shape(tensor.shape)[1]
+    shapes = matrix_shapes(tensor.shape, tensor.split)
+    rows = max(rows for rows, _ in shapes)
+    base, *others = (_stored_bytes(ref, rows * columns) for ref in inputs_of(tensor))
+    return (
+        base
+        + max(others)
+        + (2 if tensor.wide else 1) * max(step.workspace(*shape) for shape in shapes)
+        + block_numel(tensor.shape) * tensor.dtype.itemsize
+        + min(rows * columns, CONVERTED) * 16
+    )
+
+
+def _stored_bytes(ref: TensorRef, elements: int) -> int:
+    """Room for so many elements of one input, decoded where they have to be."""
+    coded = elements if ref.dtype.is_fp8 else 0
+    return elements * value_dtype(ref).itemsize + coded + scale_bytes(ref, elements) + 4 * 64
+
+
+def least_bytes(tensor: OutputTensor) -> int:
+    """The least memory in which a tensor can be merged: its smallest tile, or a matrix."""
+    return matrix_bytes(tensor) if tensor.whole else tile_bytes(tensor, CANONICAL_BLOCK)
+
+
 def share_memory(
     tensors: Sequence[OutputTensor],
     memory_bytes: int,
@@ -161,13 +200,15 @@ def share_memory(
     """Number of workers and the memory of each for its tiles."""
     footprint = footprint_bytes(device)
     comfortable = CUDA_COMFORTABLE_BYTES if device == CUDA else COMFORTABLE_BYTES
-    least = max((tile_bytes(tensor, CANONICAL_BLOCK) for tensor in tensors), default=0)
+    least = max(map(least_bytes, tensors), default=0)
     for workers in range(wanted, 0, -1):
         share = (memory_bytes - footprint) // workers - buffer_bytes
         if share >= max(least, comfortable) or (workers == 1 and share >= least):
             return workers, share
-    worst = max(tensors, key=lambda tensor: tile_bytes(tensor, CANONICAL_BLOCK))
+    worst = max(tensors, key=least_bytes)
     needed = footprint + least + buffer_bytes
+    if worst.whole:
+        raise _matrix_too_large(worst, memory_bytes, footprint + buffer_bytes)
     buffered = f", and {_mib(buffer_bytes)} for a part that is sent" if buffer_bytes else ""
     raise MemoryBudgetError(
         f"{worst.name} needs {_mib(least)} for its smallest tile{buffered}; "
@@ -176,6 +217,25 @@ def share_memory(
         f"  A tile holds {CANONICAL_BLOCK:,} elements of {len(inputs_of(worst))} tensors and the "
         f"result.\n  Give --memory {math.ceil(needed / 2**20)}MiB or more."
     )
+
+
+def _matrix_too_large(tensor: OutputTensor, memory_bytes: int, beside: int) -> MemoryBudgetError:
+    rows, columns = max(matrix_shapes(tensor.shape, tensor.split), key=math.prod)
+    method, needed = info_of(tensor.method).name, matrix_bytes(tensor)
+    return MemoryBudgetError(
+        f"{method} on {tensor.name} needs {_mib(needed)}; the budget is {_mib(memory_bytes)}, of "
+        f"which {_mib(beside)} are taken for the program itself.\n"
+        f"  It sees whole matrices: {rows} x {columns}, whose decomposition is computed in "
+        "float64.\n"
+        f"  Give --memory {math.ceil((needed + beside) / 2**20)}MiB or more, or another method for "
+        f'these tensors by a rule: {{tensors: "{_glob(tensor.name)}", merge_method: '
+        "task_arithmetic}."
+    )
+
+
+def _glob(name: str) -> str:
+    """A pattern for a tensor and its like in other layers."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
 
 
 def _mib(nbytes: int) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import llvmlite
@@ -17,11 +18,23 @@ import yaml
 from shardmerge import __version__, assets, executors
 from shardmerge.errors import NonFiniteError, SourceChangedError, UsageError
 from shardmerge.execute import Progress, execute
+from shardmerge.kept import (
+    adding,
+    check_added,
+    norms_in,
+    refs_of,
+    scale_decisions,
+    scaled,
+    summed,
+    total_of,
+)
 from shardmerge.kernels.device import AUTO, CPU, CUDA, choose_device
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.match import match
+from shardmerge.match import Outputs, match
 from shardmerge.memory import inputs_of
+from shardmerge.methods.api import Decision, Method
 from shardmerge.outputs import Output, open_output
+from shardmerge.outputs.api import KEPT
 from shardmerge.plan import Plan, make_plan
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
@@ -44,12 +57,20 @@ Sources = Mapping[ModelName, Checkpoint]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is known before anything runs."""
+    """Everything that is known before anything runs.
+
+    Args:
+        first: what has to be published before, in a folder of OUT that is removed at the end: a sum
+            of task vectors, from which this plan makes the model.
+        given: decisions that no task takes, by the ledger's keys.
+    """
 
     plan: Plan
     sources: Sources
     output: Output
     stores: Stores
+    first: Prepared | None = None
+    given: Mapping[str, Decision] = field(default_factory=dict)
 
     @property
     def files(self) -> list[str]:
@@ -76,6 +97,40 @@ class Prepared:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where tasks run.
+
+    Args:
+        executor: ``local`` or ``ray``.
+        address: of the cluster; None for one that is started here and ends with the run.
+        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. On
+            a cluster, ``auto`` is the CPU.
+        gpus: of each worker of a cluster on CUDA; less than 1 for a part of one.
+        memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
+        threads: kernels that may run at a time; None: one per CPU that the process may use.
+    """
+
+    executor: str = "local"
+    address: str | None = None
+    device: str = AUTO
+    gpus: float = 1.0
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            UsageError: for options of a cluster where there is none.
+        """
+        executors.refuse_array(self.executor)
+        if self.executor != "ray" and self.address is not None:
+            raise UsageError("--address is of a Ray cluster: give --executor ray with it.")
+        if self.gpus != 1.0 and (self.executor != "ray" or self.device != CUDA):
+            raise UsageError("--gpus is for --executor ray with --device cuda.")
+
+
 def merge(
     recipe: Recipe | str,
     out: str,
@@ -97,13 +152,9 @@ def merge(
     Args:
         recipe: a recipe, or the path of one.
         out: folder of the new checkpoint, or ``s3://bucket/folder``.
-        executor: where tasks run: ``local`` or ``ray``.
-        address: of the cluster; None for one that is started here and ends with the run.
-        memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
-        threads: kernels that may run at a time; None: one per CPU that the process may use.
-        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. On
-            a cluster, ``auto`` is the CPU. A run that began on one is not gone on with on another.
-        gpus: of each worker of a cluster on CUDA; less than 1 for a part of one.
+        executor: where tasks run, and what they may use there: see ``Where``, also for ``address``,
+            ``memory_bytes``, ``threads``, ``device`` and ``gpus``. A run that began on one kind of
+            device is not gone on with on another.
         overwrite: replace another checkpoint at ``out``, once the new one is complete.
         fresh: forget an unfinished run at ``out``.
         stop: set it to stop the run; the same call goes on from there.
@@ -111,24 +162,25 @@ def merge(
     Raises:
         ShardmergeError: for everything that a user can mend.
     """
-    executors.refuse_array(executor)
-    if executor != "ray" and address is not None:
-        raise UsageError("--address is of a Ray cluster: give --executor ray with it.")
-    if gpus != 1.0 and (executor != "ray" or device != CUDA):
-        raise UsageError("--gpus is for --executor ray with --device cuda.")
+    where = Where(executor, address, device, gpus, memory_bytes, threads)
+    where.check()
     stop = stop or threading.Event()
-    ready = prepare(
-        recipe,
-        out,
-        executor=executor,
-        memory_bytes=memory_bytes,
-        threads=threads,
-        device=device,
-        settings=settings,
-        stop=stop,
-    )
-    plan, sources, output, stores = ready.plan, ready.sources, ready.output, ready.stores
-    refuse_sources(output, sources)
+    ready = prepare(recipe, out, where, settings=settings, stop=stop)
+    return run(ready, where, overwrite=overwrite, fresh=fresh, progress=progress, stop=stop)
+
+
+def run(
+    ready: Prepared,
+    where: Where,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event,
+) -> Published:
+    """Do what was planned, and publish it; see ``merge``."""
+    plan, output, stores = ready.plan, ready.output, ready.stores
+    refuse_sources(output, ready.sources)
     files = ready.files
     if not fresh and is_published(output, plan, files):
         sweep(output)
@@ -138,13 +190,37 @@ def merge(
             output.tidy()
             return ready.published(already=True)
         with staging(output, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):
+            given = dict(ready.given)
+            if ready.first is not None:
+                run(ready.first, where, progress=progress, stop=stop)
+                given |= decisions_after(ready)
+            ledger.record(decisions={k: v for k, v in given.items() if k not in ledger.decisions})
             with executors.start(
-                executor, plan, writer, stores, output, address=address, gpus=gpus
+                where.executor,
+                plan,
+                writer,
+                stores,
+                output,
+                address=where.address,
+                gpus=where.gpus,
             ) as workers:
                 execute(plan, workers, ledger, writer, progress=progress or Quiet(), stop=stop)
             refuse_occupied(output, plan, files, ledger, overwrite=overwrite)  # by now, perhaps
             finish(ready, ledger)
     return ready.published(already=False)
+
+
+def decisions_after(ready: Prepared) -> dict[str, Decision]:
+    """What a plan is given once its first is published: what the sum is scaled with."""
+    assert ready.first is not None
+    method: Method = adding(ready.first.plan.outputs)
+    norms = norms_in(published_sums(ready.first.output))
+    return scale_decisions(ready.plan, method.scale(norms.models, norms.total))
+
+
+def published_sums(output: Output) -> tuple[float, ...]:
+    """What a published checkpoint's method has summed up over the model."""
+    return tuple(map(float, json.loads(output.read(PROVENANCE)).get("sums", ())))
 
 
 def finish(ready: Prepared, ledger: Ledger) -> None:
@@ -164,17 +240,24 @@ def finish(ready: Prepared, ledger: Ledger) -> None:
 def prepare(
     recipe: Recipe | str,
     out: str,
+    where: Where,
     *,
-    executor: str = "local",
-    memory_bytes: int,
-    threads: int | None,
-    device: str = AUTO,
     settings: Settings | None = None,
     stop: threading.Event | None = None,
 ) -> Prepared:
     """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
     with _uncollected():
-        return _prepare(recipe, out, executor, memory_bytes, threads, device, settings, stop)
+        planner = Planner(out, where, settings, stop)
+        recipe = Recipe.load(recipe)
+        sources, outputs = planner.read(recipe)
+        check_added(recipe, outputs)
+        if adding(outputs) is None:
+            return planner.plan(recipe, sources, outputs)
+        first = replace(planner, out=f"{out.rstrip('/')}/{KEPT}").plan(
+            recipe, sources, summed(outputs, state=None), step="sum"
+        )
+        made = scaled(outputs, refs_of(first.plan, first.output.url))
+        return replace(planner.plan(recipe, sources, made, step="scale"), first=first)
 
 
 @contextmanager
@@ -190,43 +273,61 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _prepare(
-    recipe: Recipe | str,
-    out: str,
-    executor: str,
-    memory_bytes: int,
-    threads: int | None,
-    device: str,
-    settings: Settings | None,
-    stop: threading.Event | None,
-) -> Prepared:
-    device = choose_device(device, here=executor not in executors.ELSEWHERE)
-    stores = Stores(settings, stopping=stop)
-    # Stores of its own: when workers that read are ended, the ledger is still written.
-    output = open_output(out, Stores(settings, stopping=stop))
-    recipe = Recipe.load(recipe)
-    sources = open_sources(recipe, stores)
-    outputs = match(recipe, sources)
-    outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
-    assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
-    cpus = threads or available_cpus()
-    workers = None
-    if executor == "ray":
-        # Workers are processes: on CPUs of one each, but all that use a GPU share its process.
-        cpus, workers = (1, 1) if device == CPU else (threads or GPU_CPUS, None)
-    plan = make_plan(
-        recipe,
-        outputs,
-        out,
-        memory_bytes=memory_bytes,
-        cpus=cpus,
-        workers=workers,
-        identity=_identity(recipe, sources, device),
-        device=device,
-        part_bytes=output.part_bytes,
-        buffers_parts=output.buffers_parts,
-    )
-    return Prepared(plan, sources, output, stores)
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Makes plans for one place.
+
+    Args:
+        out: where the plan publishes.
+        settings: of the places that bytes come from and go to.
+        stop: ends what waits for a server.
+    """
+
+    out: str
+    where: Where
+    settings: Settings | None
+    stop: threading.Event | None
+
+    def read(self, recipe: Recipe, stores: Stores | None = None) -> tuple[Sources, Outputs]:
+        """Open what a recipe names, and match the tensors."""
+        stores = stores or Stores(self.settings, stopping=self.stop)
+        sources = open_sources(recipe, stores)
+        outputs = match(recipe, sources)
+        outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
+        assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
+        return sources, outputs
+
+    def plan(
+        self, recipe: Recipe, sources: Sources, outputs: Outputs, *, step: str = ""
+    ) -> Prepared:
+        """The plan for these outputs.
+
+        Args:
+            step: names one of several plans of a recipe.
+        """
+        stores = Stores(self.settings, stopping=self.stop)
+        # Stores of its own: when workers that read are ended, the ledger is still written.
+        output = open_output(self.out, Stores(self.settings, stopping=self.stop))
+        device = choose_device(
+            self.where.device, here=self.where.executor not in executors.ELSEWHERE
+        )
+        cpus, workers = self.where.threads or available_cpus(), None
+        if self.where.executor == "ray":
+            # Workers are processes: on CPUs of one each, but all that use a GPU share its process.
+            cpus, workers = (1, 1) if device == CPU else (self.where.threads or GPU_CPUS, None)
+        plan = make_plan(
+            recipe,
+            outputs,
+            self.out,
+            memory_bytes=self.where.memory_bytes,
+            cpus=cpus,
+            workers=workers,
+            identity=_identity(recipe, sources, device, step),
+            device=device,
+            part_bytes=output.part_bytes,
+            buffers_parts=output.buffers_parts,
+        )
+        return Prepared(plan, sources, output, stores)
 
 
 def open_sources(recipe: Recipe, stores: Stores) -> Sources:
@@ -265,7 +366,7 @@ def available_cpus() -> int:
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def _identity(recipe: Recipe, sources: Sources, device: str) -> dict[str, str]:
+def _identity(recipe: Recipe, sources: Sources, device: str, step: str) -> dict[str, str]:
     """What the bytes of the output depend on. Permissions and resources are not among it."""
     settings = read_yaml(recipe.text, "recipe").value
     assert isinstance(settings, dict)
@@ -277,6 +378,8 @@ def _identity(recipe: Recipe, sources: Sources, device: str) -> dict[str, str]:
         "compiler": f"llvmlite {llvmlite.__version__}",
         "device": device,
     }
+    if step:
+        identity["step"] = step
     for name, checkpoint in sources.items():
         lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
         identity[f"source {assets.public_text(str(name))}"] = "\n".join(lines)
@@ -360,6 +463,7 @@ def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
         files=files,
         non_finite=len(_non_finite(ledger)),
         notes=(*plan.recipe.notes, *plan.outputs.notes),
+        sums=total_of(ledger.receipts.values()),
     )
     files[TASKS] = to_parquet(ledger.tasks)  # after the provenance: it differs with every run
     return files

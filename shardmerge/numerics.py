@@ -63,6 +63,19 @@ class DType(enum.Enum):
 DTYPE_BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in DType}
 
 
+def to_floats(stored: npt.NDArray[np.uint8], dtype: DType) -> npt.NDArray[np.floating]:
+    """The values of stored elements, flat: float64 for float64, else float32; exact."""
+    if dtype is DType.F64:
+        return stored.view(np.float64)
+    if dtype is DType.F32:
+        return stored.view(np.float32)
+    if dtype is DType.F16:
+        return stored.view(np.float16).astype(np.float32)
+    if dtype is DType.BF16:
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    raise ValueError(f"{dtype.torch_name} has no values of its own")
+
+
 def promote(dtypes: Iterable[DType]) -> DType:
     """The smallest floating dtype that holds every value of ``dtypes``: of both halves, float32.
 

@@ -15,12 +15,14 @@ from shardmerge.errors import RecipeError
 from shardmerge.kernels.device import CPU, CUDA
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
 from shardmerge.match import Outputs, OutputTensor
+from shardmerge.matrices import block_numel, matrix_shapes
 from shardmerge.memory import (
     LOCAL_WORKERS,
     REMOTE_WORKERS,
     footprint_bytes,
     inputs_of,
     is_far,
+    matrix_bytes,
     refs_read,
     resident_bytes,
     share_memory,
@@ -195,7 +197,9 @@ def make_plan(
         RecipeError: for parameters that must be the same over the model and are not.
     """
     tensors = outputs.tensors
-    specs = [Spec(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    specs = [
+        Spec(t.name, t.dtype, t.shape, block_numel(t.shape) if t.whole else 1) for t in tensors
+    ]
     shards = lay_out(specs, outputs.shard_of, recipe.shard_size, part_bytes=part_bytes)
     scopes, model_scope = _scopes(tensors, layered=recipe.layered)
     parts = [part.nbytes for shard in shards for part in shard.parts]
@@ -324,8 +328,9 @@ class _Planner:
             return
         for tensor in measured:
             yield from self._measures(tensor, Over.TENSOR)
-        for part in unit.parts:
-            yield self._merge((part,), resident=False)
+        together = any(self._tensors[tensor].whole for tensor in unit.tensors)
+        for parts in [unit.parts] if together else [(part,) for part in unit.parts]:
+            yield self._merge(parts, resident=False)
 
     def _has(self, tensor: int, over: Over) -> bool:
         """Whether a measuring pass of the tensor is taken over ``over``."""
@@ -396,7 +401,8 @@ class _Planner:
     def _read_bytes(self, piece: Piece, step: Pass | None) -> int:
         tensor = self._tensors[piece.tensor]
         refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
-        nbytes = (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
+        times = len(matrix_shapes(tensor.shape, tensor.split)) if _is_cut_across(tensor) else 1
+        nbytes = times * (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
         for ref in refs:
             if ref.decode is not None:
                 first, last = scale_range(ref, piece.start, piece.stop)
@@ -412,11 +418,14 @@ class _Planner:
 
     def _together_bytes(self, tensors: set[int], resident: bool) -> int:
         """Memory for tensors that are read together as far as they fit."""
-        each = [self._merge_bytes(tensor, resident) for tensor in tensors]
-        return max(max(each, default=0), min(sum(each), self._worker_bytes))
+        alone = [self._merge_bytes(t, resident) for t in tensors if self._tensors[t].whole]
+        each = [self._merge_bytes(t, resident) for t in tensors if not self._tensors[t].whole]
+        return max(*alone, *each, min(sum(each), self._worker_bytes), 0)
 
     def _merge_bytes(self, tensor: int, resident: bool) -> int:
         output = self._tensors[tensor]
+        if output.whole:
+            return matrix_bytes(output)
         if resident and self._has(tensor, Over.TENSOR):
             return resident_bytes(output, self._device)
         return self._tile_bytes(tensor)
@@ -424,6 +433,11 @@ class _Planner:
     def _next(self) -> int:
         self._number += 1
         return self._number - 1
+
+
+def _is_cut_across(tensor: OutputTensor) -> bool:
+    """Whether each of a tensor's matrices is a part of every row, which is then read for each."""
+    return tensor.whole and tensor.split is not None and tensor.split.axis == "columns"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -441,6 +455,7 @@ def _measured(method: Method, over: Over) -> tuple[Pass, ...]:
 def _decisions(method: Method, step: Pass) -> tuple[tuple[str, Over], ...]:
     """The decisions that a pass takes, and what they are taken over; those not needed left out."""
     levels = levels_of(method)
-    settles = {other.name for other in info_of(method).passes if other.kind is Kind.SETTLE}
+    kinds = (Kind.SETTLE, Kind.GIVEN)
+    settles = {other.name for other in info_of(method).passes if other.kind in kinds}
     asked = [(need, levels[need]) for need in step.needs if need in settles]
     return tuple((need, over) for need, over in asked if over is not None)

@@ -26,6 +26,7 @@ from shardmerge.recipe_parts import (
     Setting,
     Slice,
     Source,
+    Split,
     applicable,
     setting_at,
     value_at,
@@ -65,6 +66,7 @@ __all__ = [
     "Setting",
     "Slice",
     "Source",
+    "Split",
     "method_for",
     "rules_for",
 ]

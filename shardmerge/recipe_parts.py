@@ -98,6 +98,19 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """Matrices that lie side by side in one tensor (fused qkv, gate and up).
+
+    Args:
+        axis: ``rows`` or ``columns``: what is shared out among them.
+        sizes: of each, or their number where they are of one size.
+    """
+
+    axis: str
+    sizes: int | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """What is done differently for output tensors whose name matches one of ``tensors`` (globs).
 
@@ -109,6 +122,7 @@ class Rule:
         missing: for a tensor that some inputs lack: ``error`` (default), ``base`` (they count as
             equal to the base model) or ``skip`` (they are left out).
         drop: leave the tensor out of the output.
+        split: the matrices that it holds, for methods that see matrices as a whole.
     """
 
     tensors: tuple[str, ...]
@@ -118,6 +132,7 @@ class Rule:
     missing: str | None
     drop: bool
     where: str
+    split: Split | None = None
 
 
 def applicable(setting: Setting, tensor: str) -> Scalar | Gradient | None:

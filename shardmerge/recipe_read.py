@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.methods.api import METHODS, Base, MethodInfo, Parameter
-from shardmerge.recipe_parts import ModelName, Rule, Setting, Slice, Source
+from shardmerge.recipe_parts import ModelName, Rule, Setting, Slice, Source, Split
 from shardmerge.recipe_settings import elsewhere, optional, read_method, read_model, read_parameters
 from shardmerge.recipe_yaml import Node, clipped, shown, unknown
 
-RULE_KEYS = ("tensors", "merge_method", "parameters", "from", "missing", "drop")
+RULE_KEYS = ("tensors", "merge_method", "parameters", "from", "missing", "drop", "split")
+SPLIT_KEYS = ("rows", "columns")
 MISSING = ("error", "base", "skip")
 
 
@@ -247,6 +248,7 @@ def _read_rule(node: Node, scope: Scope) -> Rule:
         missing=optional(fields, "missing", _read_missing),
         drop=optional(fields, "drop", Node.flag) or False,
         where=node.where,
+        split=optional(fields, "split", _read_split),
     )
     if isinstance(node.value, dict):
         _check_rule(node, fields)
@@ -290,6 +292,23 @@ def _read_missing(node: Node) -> str | None:
     if choice is not None and choice not in MISSING:
         node.wrong(unknown("choice", choice, MISSING, has="there are"))
     return choice
+
+
+def _read_split(node: Node) -> Split | None:
+    """``{rows: 3}``, ``{rows: [4096, 1024, 1024]}``, or the same with columns."""
+    fields = node.fields(SPLIT_KEYS, {})
+    if len(fields) != 1:
+        node.wrong("needs one of 'rows' and 'columns': their number, or a list of sizes")
+        return None
+    ((axis, sizes),) = fields.items()
+    if not isinstance(sizes.value, list):
+        number = sizes.whole(2, 2**20)
+        return None if number is None else Split(axis, number)
+    found = [entry.whole(1, 2**40) for entry in sizes.entries()]
+    if len(found) < 2:
+        sizes.wrong("needs at least two sizes")
+        return None
+    return Split(axis, tuple(size or 1 for size in found))
 
 
 # --- required parameters ------------------------------------------------------------------------

@@ -20,12 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardmerge import executors
-from shardmerge.errors import LedgerMismatchError, LockedError, OutputError, Stopped, UsageError
+from shardmerge.errors import (
+    LedgerMismatchError,
+    LockedError,
+    PartsMissingError,
+    Stopped,
+    UsageError,
+)
 from shardmerge.execute import Progress, execute, measure
 from shardmerge.executors.api import Executor
 from shardmerge.layout import Shard
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.merge import Prepared, finish, prepare
+from shardmerge.merge import Prepared, Where, decisions_after, finish, prepare
 from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.outputs.api import STAGING, PartKey
 from shardmerge.plan import MeasureTask
@@ -134,16 +140,13 @@ def _prepared(order: Order, stop: threading.Event) -> Prepared:
     Raises:
         LedgerMismatchError: the recipe or a source is not what it was.
     """
-    ready = prepare(
-        order.recipe,
-        order.out,
+    where = Where(
         executor="slurm-array",
+        device=order.device,
         memory_bytes=order.memory_bytes,
         threads=order.threads,
-        device=order.device,
-        settings=order.settings,
-        stop=stop,
     )
+    ready = prepare(order.recipe, order.out, where, settings=order.settings, stop=stop)
     if fingerprint(ready.plan.identity) != order.fingerprint:
         raise LedgerMismatchError(
             f"{order.recipe} or a checkpoint that it names is not what it was when the plan was "
@@ -217,6 +220,13 @@ def work_slice(
     """
     stop = stop or threading.Event()
     ready = _prepared(order, stop)
+    return _work(ready, index, count, progress or Quiet(), stop)
+
+
+def _work(
+    ready: Prepared, index: int, count: int, progress: Progress, stop: threading.Event
+) -> Sliced:
+    """Do a slice of a plan, and before of the one that has to be published first."""
     plan, output = ready.plan, ready.output
     name = f"{index}-of-{count}"
     own = share(plan.shards, count, whole_shards=output.whole_shards)[index]
@@ -233,6 +243,10 @@ def work_slice(
         found = output.survey(plan.shards, ledger.receipts, main.handles, cleared=cleared)
         ledger.forget(found.lost)
         ledger.decisions = {**main.decisions, **ledger.decisions}
+        if ready.first is not None:
+            _work(ready.first, index, count, progress, stop)
+            _publish_first(ready.first, count, stop)
+            ledger.record(decisions=decisions_after(ready))
         writer = stack.enter_context(closing(output.writer(plan.shards, main.handles)))
         workers = stack.enter_context(executors.start("local", plan, writer, ready.stores, output))
         _Agreement(ready, ledger, workers, index, count, stop).reach()
@@ -241,12 +255,35 @@ def work_slice(
             workers,
             ledger,
             writer,
-            progress=progress or Quiet(),
+            progress=progress,
             stop=stop,
             parts=own - main.receipts.keys(),
         )
     nbytes = sum(p.nbytes for s in plan.shards for p in s.parts if (p.shard, p.number) in own)
     return Sliced(index, count, len(own), nbytes)
+
+
+def _publish_first(first: Prepared, count: int, stop: threading.Event) -> None:
+    """Publish what all slices have written of a first plan; whoever comes first does it.
+
+    Raises:
+        Stopped: another slice has not written its share, and is not at work.
+    """
+    until = time.monotonic() + OTHERS_S
+    while not is_published(first.output, first.plan, first.files):
+        try:
+            _publish(first)
+            return
+        except LockedError:
+            until = time.monotonic() + OTHERS_S  # somebody is at work
+        except PartsMissingError as problem:
+            if time.monotonic() > until:
+                raise Stopped(
+                    f"all {count} slices sum up first, and some have not yet: {problem}\n"
+                    "  Run all slices side by side, or this one again when they have."
+                ) from None
+        if stop.wait(_POLL_S):
+            raise Stopped("stopped while other slices summed up; run this one again.")
 
 
 @contextmanager
@@ -366,10 +403,13 @@ def publish_slices(order: Order, *, stop: threading.Event | None = None) -> Publ
     """Check that every part is there, and publish.
 
     Raises:
-        OutputError: parts are missing.
+        PartsMissingError: parts are missing.
         LockedError: a slice is at work.
     """
-    ready = _prepared(order, stop or threading.Event())
+    return _publish(_prepared(order, stop or threading.Event()))
+
+
+def _publish(ready: Prepared) -> Published:
     plan, output = ready.plan, ready.output
     if is_published(output, plan, ready.files):
         sweep(output)
@@ -379,7 +419,7 @@ def publish_slices(order: Order, *, stop: threading.Event | None = None) -> Publ
         missing = [p for p in parts if (p.shard, p.number) not in ledger.receipts]
         if missing:
             first = plan.shards[missing[0].shard].name
-            raise OutputError(
+            raise PartsMissingError(
                 f"{output.url}: {len(missing)} of {counted(len(parts), 'part')} are not written, "
                 f"the first is part {missing[0].number} of {first}; nothing was published.\n"
                 "  Run the slices that have not ended again, then this command."

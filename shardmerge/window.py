@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,15 @@ class Arena:
     def clear(self) -> None:
         """Give back every buffer."""
         self._used = 0
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Give back the buffers that are taken from now on."""
+        used = self._used
+        try:
+            yield
+        finally:
+            self._used = used
 
     def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """A buffer, aligned for vectors."""

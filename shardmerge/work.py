@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -15,44 +16,23 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.errors import CheckpointError
-from shardmerge.kernels.compile import LAST_INPUT_BIT, OUTPUT_BIT, Form, Kernel
 from shardmerge.kernels.device import open_device
-from shardmerge.kernels.language import HISTOGRAM_BINS
-from shardmerge.kernels.trace import Kernels, numbers_of
+from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Piece
-from shardmerge.match import OutputTensor
-from shardmerge.memory import (
-    inputs_of,
-    kernel_inputs,
-    resident_bytes,
-    tensor_numel,
-    tile_bytes,
-    tile_elements,
-)
-from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
-from shardmerge.numerics import CANONICAL_BLOCK, philox_key
-from shardmerge.outputs.api import PartWriter, Receipt, ShardWriter
+from shardmerge.memory import resident_bytes, tensor_numel, tile_bytes, tile_elements
+from shardmerge.methods.api import Over, Pass, info_of
+from shardmerge.numerics import ExactSums
+from shardmerge.outputs.api import Receipt, ShardWriter
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
+from shardmerge.runs import Context, Decided, Seconds, TensorRun, levels_in
 from shardmerge.stores import Stores
-from shardmerge.summaries import Partial, Summary, combine, settle
-from shardmerge.window import Arena, Missing, Window
+from shardmerge.summaries import Partial
+from shardmerge.whole import MatrixRun
+from shardmerge.window import Arena
 
-Decided = Mapping[str, Decision]
-"""Decisions by the ledger's keys."""
+Run = TensorRun | MatrixRun
 
 _NODE = socket.gethostname()
-_MOST_COUNTS = 2**31
-"""Elements after which u32 counts are added to the int64 ones, long before they could overflow."""
-
-
-@dataclass(slots=True)
-class Seconds:
-    """Where a task's time went."""
-
-    read: float = 0.0
-    kernel: float = 0.0
-    write: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,47 +66,6 @@ class Done:
     partial: Partial | None = None
     read_bytes: int = 0
     seconds: Seconds = field(default_factory=Seconds)
-
-
-class Stopping(Exception):
-    """Raised inside a worker when the run is being stopped."""
-
-
-@dataclass(slots=True)
-class Context:
-    """What the passes of a tensor share with their worker.
-
-    Args:
-        computing: kernels run while holding one, so that other workers read and write meanwhile.
-        reading: a worker reads while holding one.
-        stopping: set when the run is to stop; a task then ends between two tiles.
-    """
-
-    plan: Plan
-    stores: Stores
-    kernels: Kernels
-    computing: threading.Semaphore
-    reading: threading.Semaphore
-    stopping: threading.Event
-    arena: Arena
-    seconds: Seconds = field(default_factory=Seconds)
-    read_bytes: int = 0
-    peak_bytes: int = 0
-
-    def fetch(self, missing: Sequence[Missing]) -> None:
-        """Read what is missing, all of it together."""
-        if self.stopping.is_set():
-            raise Stopping
-        if not missing:
-            return
-        began = time.perf_counter()
-        ranges = [item for part in missing for item in part.ranges()]
-        with self.reading:
-            self.stores.read(ranges)
-        for part in missing:
-            part.arrived()
-        self.read_bytes += sum(item.into.nbytes for item in ranges)
-        self.seconds.read += time.perf_counter() - began
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +135,7 @@ class Worker:
         step = next(s for s in info_of(method).passes if s.name == task.step)
         partials: list[Partial] = []
         for piece, run in self._runs(task.pieces, step, decided, resident=False):
+            assert isinstance(run, TensorRun)
             partial = run.measure(step, piece.start, piece.stop)
             if partials and partial.dtype != np.float64:
                 partials[0] += partial  # counts are large, and there may be many pieces
@@ -206,37 +146,55 @@ class Worker:
 
     def _merge(self, task: MergeTask, decided: Decided) -> list[Receipt]:
         receipts = []
-        last: _TensorRun | None = None
+        last: Run | None = None
         for part in task.parts:
             sink = self._writer.part(part)
             if part.number == 0:
                 sink.write(self._context.plan.shards[part.shard].header)
             found: set[tuple[int, int]] = set()
+            sums: list[npt.NDArray[np.float64]] = []
             pieces = part.pieces
-            if last is not None and task.resident and pieces[0].tensor == last.number:
+            if last is not None and last.keeps and pieces[0].tensor == last.number:
                 found |= last.merge(pieces[0], sink)
+                sums += last.take_sums()
                 pieces = pieces[1:]
             for piece, last in self._runs(pieces, None, decided, resident=task.resident):
                 found |= last.merge(piece, sink)
+                sums += last.take_sums()
             self._context.peak_bytes = max(self._context.peak_bytes, anonymous_bytes())
             began = time.perf_counter()
-            receipts.append(sink.finish(sorted(found)))
+            receipt = sink.finish(sorted(found))
+            receipts.append(dataclasses.replace(receipt, sums=_rounded(sums)))
             self._context.seconds.write += time.perf_counter() - began
         return receipts
 
     def _runs(
         self, pieces: Sequence[Piece], step: Pass | None, decided: Decided, *, resident: bool
-    ) -> Iterator[tuple[Piece, _TensorRun]]:
+    ) -> Iterator[tuple[Piece, Run]]:
         """The passes of each piece; small tensors that lie side by side are read together."""
-        for group in _together(self._context.plan, pieces, resident=resident):
+        plan = self._context.plan
+        for group in _together(plan, pieces, resident=resident):
             self._context.arena.clear()
-            runs = [_TensorRun(self._context, p.tensor, decided, resident=resident) for p in group]
+            if plan.tensors[group[0].tensor].whole and step is None:
+                yield group[0], MatrixRun(self._context, group[0].tensor)
+                continue
+            runs = [TensorRun(self._context, p.tensor, decided, resident=resident) for p in group]
             if len(group) > 1:
                 ahead = [run.missing(step, p) for p, run in zip(group, runs, strict=True)]
                 self._context.fetch([part for parts in ahead for part in parts])
             for piece, run in zip(group, runs, strict=True):
                 run.settle()
                 yield piece, run
+
+
+def _rounded(sums: Sequence[npt.NDArray[np.float64]]) -> tuple[float, ...]:
+    """The sums over all blocks, each rounded once."""
+    if not sums:
+        return ()
+    exact = ExactSums(sums[0].shape[1])
+    for part in sums:
+        exact.add(part)
+    return exact.rounded()
 
 
 def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterator[list[Piece]]:
@@ -247,9 +205,9 @@ def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterato
         tensor = plan.tensors[piece.tensor]
         tile = tile_elements(tensor, plan.worker_bytes, plan.device)
         needed = tile_bytes(tensor, tile)
-        if resident and Over.TENSOR in _levels(tensor).values():
+        if resident and Over.TENSOR in levels_in(tensor).values():
             needed = resident_bytes(tensor, plan.device)
-        whole = piece.stop - piece.start == tensor_numel(tensor) <= tile
+        whole = piece.stop - piece.start == tensor_numel(tensor) <= tile and not tensor.whole
         if group and (needed > room or not whole):
             yield group
             group = []
@@ -264,183 +222,7 @@ def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterato
         yield group
 
 
-def _levels(tensor: OutputTensor) -> Mapping[str, Over | None]:
-    return {} if tensor.method is None else levels_of(tensor.method)
-
-
-class _TensorRun:
-    """The passes of one output tensor on one worker."""
-
-    def __init__(self, context: Context, number: int, decided: Decided, *, resident: bool) -> None:
-        plan = context.plan
-        self.number = number
-        self._context = context
-        self._tensor: OutputTensor = plan.tensors[number]
-        self._levels = _levels(self._tensor)
-        # Without a measure over the tensor there is nothing to keep its inputs for.
-        self._resident = resident and Over.TENSOR in self._levels.values()
-        self._tile = tile_elements(self._tensor, plan.worker_bytes, plan.device)
-        numel = tensor_numel(self._tensor)
-        self.window = Window(
-            inputs_of(self._tensor),
-            context.arena,
-            tile=self._tile,
-            resident=self._resident,
-            numel=numel,
-        )
-        self._output = context.arena.take(min(self._tile, numel) * self._tensor.dtype.itemsize)
-        self._decisions = self._given(decided)
-        self._keys = _random_keys(self._tensor, plan.recipe.seed)
-        self._measured = not self._resident
-
-    def _given(self, decided: Decided) -> dict[str, Decision | None]:
-        """Decisions that were taken elsewhere, by the name of the settling pass."""
-        found: dict[str, Decision | None] = {}
-        for name, over in self._levels.items():
-            if over is None:
-                found[name] = None
-            elif not self._resident or over is Over.MODEL:
-                found[name] = decided.get(self._context.plan.key(self.number, name, over))
-        return found
-
-    def missing(self, step: Pass | None, piece: Piece) -> list[Missing]:
-        """What a pass (None: all of a merge) has to read for a piece of at most a tile."""
-        method = self._tensor.method
-        if method is None or self._resident:
-            which: Sequence[int] = range(len(inputs_of(self._tensor)))
-        else:
-            which = self._kernel(step or info_of(method).merge_pass).inputs
-        return self.window.missing(piece.start, piece.stop, which)
-
-    def settle(self) -> None:
-        """All measuring and settling passes over this tensor, on inputs that stay in memory."""
-        if self._measured:
-            return
-        self._measured = True
-        method, numel = self._tensor.method, tensor_numel(self._tensor)
-        summaries: dict[str, Summary] = {}
-        for step in info_of(method).passes[:-1]:
-            if self._levels[step.name] is not Over.TENSOR:
-                continue
-            if step.kind is Kind.MEASURE:
-                summaries[step.name] = combine([self.measure(step, 0, numel)])
-            else:
-                self._decisions[step.name] = settle(method, step, summaries, self._decisions)
-
-    def measure(self, step: Pass, start: int, stop: int) -> Partial:
-        """The summary of elements ``[start, stop)``."""
-        kernel = self._kernel(step)
-        if kernel.form is Form.HISTOGRAMS:
-            return self._count(kernel, step, start, stop)
-        blocks = -(-(stop - start) // CANONICAL_BLOCK)
-        sums = np.zeros((blocks, kernel.width))
-
-        def into(begin: int, _: int) -> npt.NDArray[np.float64]:
-            return sums[(begin - start) // CANONICAL_BLOCK :]
-
-        for _ in self._tiles(kernel, step, start, stop, into):
-            pass
-        return sums
-
-    def _count(self, kernel: Kernel, step: Pass, start: int, stop: int) -> Counts:
-        total = np.zeros((kernel.width, HISTOGRAM_BINS), dtype=np.int64)
-        counts = np.zeros((kernel.width, HISTOGRAM_BINS), dtype=np.uint32)
-        for begin in range(start, stop, _MOST_COUNTS):
-            end = min(stop, begin + _MOST_COUNTS)
-            for _ in self._tiles(kernel, step, begin, end, lambda *_: counts):
-                pass
-            total += counts
-            counts[:] = 0
-        return total
-
-    def merge(self, piece: Piece, sink: PartWriter) -> set[tuple[int, int]]:
-        """Compute and write a piece; gives which inputs hold NaN or infinity."""
-        if self._tensor.method is None:
-            self._copy(piece, sink)
-            return set()
-        step = info_of(self._tensor.method).merge_pass
-        kernel = self._kernel(step)
-        size = self._tensor.dtype.itemsize
-        flags = 0
-        tiles = self._tiles(kernel, step, piece.start, piece.stop, lambda *_: self._output)
-        for begin, end, bits in tiles:
-            flags |= bits
-            self._write(sink, self._output[: (end - begin) * size])
-        found = {(self.number, k) for k in kernel.inputs if flags >> min(k, LAST_INPUT_BIT) & 1}
-        if flags >> OUTPUT_BIT and not found:
-            found = {(self.number, -1)}
-        return found
-
-    def _tiles(
-        self,
-        kernel: Kernel,
-        step: Pass,
-        start: int,
-        stop: int,
-        into: Callable[[int, int], npt.NDArray[np.generic]],
-    ) -> Iterator[tuple[int, int, int]]:
-        """Run the kernel over each tile; yields its elements and the kernel's answer."""
-        parameters = numbers_of(self._tensor.method, step, self._decisions)
-        for begin in range(start, stop, self._tile):
-            end = min(stop, begin + self._tile)
-            inputs = self._read(begin, end, kernel.inputs)
-            with self._context.computing:
-                began = time.perf_counter()
-                bits = kernel(
-                    count=end - begin,
-                    first=begin,
-                    inputs=inputs,
-                    parameters=parameters,
-                    keys=self._keys,
-                    output=into(begin, end),
-                )
-                self._context.seconds.kernel += time.perf_counter() - began
-            yield begin, end, bits
-
-    def _read(self, start: int, stop: int, which: Sequence[int]) -> list[int]:
-        """Addresses of element ``start`` of every input; those in ``which`` hold it to ``stop``."""
-        self._context.fetch(self.window.missing(start, stop, which))
-        return self.window.addresses(start)
-
-    def _write(self, sink: PartWriter, data: npt.NDArray[np.uint8]) -> None:
-        began = time.perf_counter()
-        sink.write(data.data)
-        self._context.seconds.write += time.perf_counter() - began
-
-    def _copy(self, piece: Piece, sink: PartWriter) -> None:
-        """Copy elements that are no floats; all inputs must hold the same."""
-        refs = inputs_of(self._tensor)
-        for begin in range(piece.start, piece.stop, self._tile):
-            end = min(piece.stop, begin + self._tile)
-            self._read(begin, end, range(len(refs)))
-            first = self.window.view(0, begin, end)
-            for number in range(1, len(refs)):
-                if not np.array_equal(first, self.window.view(number, begin, end)):
-                    raise CheckpointError(
-                        f"{self._tensor.name} holds {self._tensor.dtype.torch_name} and differs "
-                        f"between {refs[0].segments[0].url} and {refs[number].segments[0].url}.\n"
-                        "  Integers cannot be merged. Say which to take: rules: "
-                        f'[{{tensors: "{self._tensor.name}", from: <model>}}], and start over '
-                        "with --fresh."
-                    )
-            self._write(sink, first)
-
-    def _kernel(self, step: Pass) -> Kernel:
-        output = self._tensor.dtype if step.kind is Kind.MERGE else None
-        return self._context.kernels.get(
-            self._tensor.method, step, kernel_inputs(self._tensor), self._decisions, output
-        )
-
-
 def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind, now."""
     _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
     return (int(resident) - int(shared)) * resource.getpagesize()
-
-
-def _random_keys(tensor: OutputTensor, seed: int) -> npt.NDArray[np.uint32]:
-    """The Philox key of each model, as two words; shape [models, 2]."""
-    if tensor.method is None or not info_of(tensor.method).random:
-        return np.zeros((1, 2), dtype=np.uint32)
-    keys = [philox_key(seed, position, tensor.name) for position in tensor.positions]
-    return np.array([[key & 0xFFFFFFFF, key >> 32] for key in keys], dtype=np.uint32)

@@ -28,7 +28,8 @@ def prepare() -> None:
 
 def _obey(gates: Path) -> None:
     from shardmerge.plan import Task
-    from shardmerge.work import Decided, Done, Worker
+    from shardmerge.runs import Decided
+    from shardmerge.work import Done, Worker
 
     real = Worker.run
 

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from shardmerge import arrays, execute, layout, memory, plan, work
+from shardmerge import arrays, execute, layout, memory, plan, runs, work
 from shardmerge.header import parse_header, write_header, write_index
 from shardmerge.kernels import compile as kernel_compile
 from shardmerge.kernels import cuda, cuda_code, cuda_driver, cuda_memory
 from shardmerge.kernels.device import Cpu, Device
 from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Shard
-from shardmerge.merge import prepare
+from shardmerge.merge import Where, prepare
 from shardmerge.numerics import DType
 from shardmerge.outputs.api import STAGING
 from shardmerge.outputs.local import LEDGER_FILE as LEDGER
@@ -252,7 +252,7 @@ def shrink(set_: Set, *, part_bytes: int = 1024, tile_blocks: int = 4, measure_b
         cuda_code,
         cuda_memory,
         cuda,
-        work,
+        runs,
         memory,
         plan,
         layout,
@@ -287,13 +287,14 @@ def plan_of(
     recipe: str, out: Path | str = "OUT", *, memory_bytes: int = PLENTY_BYTES, threads: int = 1
 ) -> Plan:
     """The plan of a recipe."""
-    return prepare(recipe, str(out), memory_bytes=memory_bytes, threads=threads).plan
+    return prepare(recipe, str(out), Where(memory_bytes=memory_bytes, threads=threads)).plan
 
 
 def least_memory(recipe: str, *, workers: int = 1) -> int:
     """The smallest budget in which so many workers fit: tensors that are measured are streamed."""
-    tensors = plan_of(recipe).tensors
-    least = max(memory.tile_bytes(tensor, memory.CANONICAL_BLOCK) for tensor in tensors)
+    ready = prepare(recipe, "OUT", Where(memory_bytes=PLENTY_BYTES, threads=1))
+    plans = [ready.plan, *([ready.first.plan] if ready.first else [])]
+    least = max(memory.least_bytes(tensor) for plan in plans for tensor in plan.tensors)
     return memory.FOOTPRINT_BYTES + workers * least
 
 

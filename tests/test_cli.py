@@ -98,6 +98,7 @@ PLAN_KEYS = {
     "out",
     "tensors",
     "methods",
+    "projected",
     "tasks",
     "passes",
     "read_bytes",
@@ -131,20 +132,26 @@ def test_a_plan_says_what_the_merge_then_does(
     resources = ("--memory", f"{memory}B", "--threads", "1")
     planned = json.loads(run(capsys, "plan", path, "out", *resources, "--json")[0])
     out, err = run(capsys, "merge", path, "out", *resources, "--json")
-    start, *tasks = lines(err)
+    events = lines(err)
+    starts = [event for event in events if event["event"] == "start"]  # one for each run
+    tasks = [event for event in events if event["event"] == "task"]
     published = json.loads(out)
 
-    assert planned["tasks"] == start["tasks"] == len(tasks)
+    assert planned["tasks"] == sum(start["tasks"] for start in starts) == len(tasks)
     assert planned["read_bytes"] == sum(task["read_bytes"] for task in tasks)
-    assert planned["write_bytes"] == sum(task["written_bytes"] for task in tasks)
-    assert planned["write_bytes"] == planned["disk_bytes"] == published["nbytes"]
-    assert start["all_bytes"] == planned["read_bytes"] + planned["write_bytes"]
+    assert planned["disk_bytes"] == sum(task["written_bytes"] for task in tasks)
+    assert planned["write_bytes"] == published["nbytes"]
+    assert planned["disk_bytes"] == planned["write_bytes"] + planned["scratch_bytes"]
+    moved = sum(start["all_bytes"] for start in starts)
+    assert moved == planned["read_bytes"] + planned["disk_bytes"]
     assert sum(planned["passes"].values()) == len(tasks)
     measured = sum(n for name, n in planned["passes"].items() if name.startswith("measure "))
     fused = planned["passes"]["measure and merge in one read"]
     kinds = [task["kind"] for task in tasks]
     assert kinds.count("measure") == measured - fused
-    assert kinds.count("merge") == planned["passes"]["merge"] + fused
+    sums = planned["passes"].get("sum", 0)
+    assert kinds.count("merge") == planned["passes"]["merge"] + fused + sums
+    assert bool(sums) == bool(planned["scratch_bytes"]) == (method == "opcm")
     assert planned["tensors"] == published["tensors"] == sum(planned["methods"].values())
     assert {s["name"]: s["bytes"] for s in planned["shards"]} == {
         name: Path("out", name).stat().st_size for name in published["shards"]

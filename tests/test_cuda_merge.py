@@ -17,7 +17,7 @@ from shardmerge.kernels import cuda_driver, cuda_memory, device
 from shardmerge.kernels.cuda import Cuda
 from shardmerge.kernels.device import choose_device, open_device
 from shardmerge.kernels.trace import Kernels
-from shardmerge.merge import merge
+from shardmerge.merge import Where, merge
 from tests import support
 from tests.emulated_cuda import EmulatedDriver
 from tests.support import LACKING, digests, recipe_of, write_checkpoint, write_recipe
@@ -129,9 +129,8 @@ def test_a_plan_for_cuda_says_so(family, emulated, capsys):
 
 def test_workers_do_not_outnumber_what_a_device_takes(family, emulated, tmp_path):
     emulated()
-    made = support.prepare(
-        family("ties"), "OUT", memory_bytes=2**32, threads=32, device="cuda"
-    ).plan
+    where = Where(memory_bytes=2**32, threads=32, device="cuda")
+    made = support.prepare(family("ties"), "OUT", where).plan
     assert made.device == "cuda" and made.kernels == 4 and made.workers > made.kernels
 
 

@@ -31,6 +31,7 @@ from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.outputs.local import LocalJournal, LocalOutput
 from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
 from shardmerge.progress import Quiet
+from shardmerge.runs import Decided
 from shardmerge.stores import Range, Stores
 from shardmerge.stores.local import LocalStore
 from shardmerge.testing.executors import (
@@ -38,7 +39,7 @@ from shardmerge.testing.executors import (
     ExecutorSuite,
     finish,
 )
-from shardmerge.work import Decided, Done
+from shardmerge.work import Done
 from tests import support
 from tests.support import RAN
 from tests.test_plan import WAYS, least_bytes, outputs_of, planned

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shardmerge import work
+from shardmerge import runs
 from shardmerge.errors import (
     CheckpointError,
     LedgerMismatchError,
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_came_during_the_run_is_kept(case, tmp_path):
 
 def goes_on_without_reading(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work.Context, "fetch", None)
+        patch.setattr(runs.Context, "fetch", None)
         case.merge()
     assert tree(case.out) == case.quiet()
 
@@ -342,7 +342,7 @@ def test_a_full_disk_is_found_before_anything_is_read(case, monkeypatch, left):
         return SimpleNamespace(**values | change)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    monkeypatch.setattr(work.Context, "fetch", None)
+    monkeypatch.setattr(runs.Context, "fetch", None)
     message = case.refused()
     assert str(case.out) in message
     assert f"{5 * real(case.folder).f_frsize:,} bytes free" in message or "3 more files" in message
@@ -381,7 +381,7 @@ def test_space_is_reserved_before_anything_is_read(case, monkeypatch):
     with monkeypatch.context() as patch:
         at = "-00002-of-00002.safetensors.part"
         patch.setattr(outputs_local, "_fallocate", lambda: refusing(errno.ENOSPC, at))
-        patch.setattr(work.Context, "fetch", None)
+        patch.setattr(runs.Context, "fetch", None)
         assert "no space left" in case.refused()
     case.goes_on()
 
@@ -694,7 +694,7 @@ def test_every_tensor_and_model_with_nan_is_told(tmp_path):
     assert visible(case.out) == {}
     # Told again without reading, and published without reading once it is allowed.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work.Context, "fetch", None)
+        patch.setattr(runs.Context, "fetch", None)
         assert case.refused(NonFiniteError) == message
     case.write(allow_non_finite=True)
     goes_on_without_reading(case)

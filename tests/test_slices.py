@@ -22,11 +22,12 @@ from shardmerge.errors import (
     LedgerMismatchError,
     LockedError,
     OutputError,
+    PartsMissingError,
     Stopped,
     UsageError,
 )
 from shardmerge.layout import Spec, lay_out
-from shardmerge.merge import merge, prepare
+from shardmerge.merge import Where, merge, prepare
 from shardmerge.numerics import DType
 from shardmerge.outputs.local import LocalOutput
 from shardmerge.report import read_records
@@ -69,7 +70,7 @@ def recipe(models: Sequence[Path], **settings: Any) -> str:
 
 
 def order_of(path: str, out: Path | str) -> slices.Order:
-    ready = prepare(path, str(out), memory_bytes=MEMORY_BYTES, threads=2)
+    ready = prepare(path, str(out), Where(memory_bytes=MEMORY_BYTES, threads=2))
     save_order("plan.json", ready, path, 2)
     return load_order("plan.json")
 
@@ -184,6 +185,38 @@ def test_slices_side_by_side_wait_for_each_other(models):
     merge(path, "local")
     order = order_of(path, "out")
     side_by_side(order, 3)
+    publish_slices(order)
+    assert digests(Path("out")) == digests(Path("local"))
+
+
+def matrices(models: Sequence[Path]) -> str:
+    """A method whose sum is made and published before anything else."""
+    base, *others = models
+    values = {
+        "merge_method": "opcm",
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in others],
+    }
+    return write_recipe(base.parent / "opcm.yml", values)
+
+
+def test_a_sum_is_made_by_all_slices_first(models):
+    path = matrices(models)
+    merge(path, "local", memory_bytes=MEMORY_BYTES, threads=2)
+    order = order_of(path, "out")
+    side_by_side(order, 3)
+    publish_slices(order)
+    assert tree(Path("out")) == tree(Path("local"))
+
+
+def test_slices_of_a_sum_in_turns(models, monkeypatch):
+    monkeypatch.setattr(slices, "OTHERS_S", 0.0)
+    path = matrices(models)
+    merge(path, "local", memory_bytes=MEMORY_BYTES, threads=2)
+    order = order_of(path, "out")
+    with pytest.raises(PartsMissingError):
+        publish_slices(order)
+    assert max(in_turns(order, 2)) > 1
     publish_slices(order)
     assert digests(Path("out")) == digests(Path("local"))
 

@@ -44,7 +44,9 @@ def linear(*weights: float, normalize: bool = True) -> Linear:
 
 
 def merge_kernel(kernels, method, inputs, output=F32, decisions=None):
-    return kernels.get(method, METHODS[method.merge_name].merge_pass, inputs, decisions, output)
+    return kernels.get(
+        method, METHODS[method.merge_info.name].merge_pass, inputs, decisions, output
+    )
 
 
 def apply(kernel, method, inputs, *arrays, decisions=None):
@@ -55,7 +57,7 @@ def apply(kernel, method, inputs, *arrays, decisions=None):
         count=got.size,
         first=0,
         inputs=[array.ctypes.data for array in flat],
-        parameters=numbers_of(method, METHODS[method.merge_name].merge_pass, decisions),
+        parameters=numbers_of(method, METHODS[method.merge_info.name].merge_pass, decisions),
         keys=np.zeros((len(inputs.models), 2), dtype=np.uint32),
         output=got,
     )

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Protocol
 
 from shardmerge.plan import Task
-from shardmerge.work import Decided, Done
+from shardmerge.runs import Decided
+from shardmerge.work import Done
 
 
 class Executor(Protocol):

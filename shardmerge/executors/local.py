@@ -9,8 +9,9 @@ from types import TracebackType
 from shardmerge.errors import Stopped
 from shardmerge.outputs.api import ShardWriter
 from shardmerge.plan import Plan, Task
+from shardmerge.runs import Decided, Stopping
 from shardmerge.stores import Stores
-from shardmerge.work import Decided, Done, Shared, Stopping, Worker
+from shardmerge.work import Done, Shared, Worker
 
 
 class LocalExecutor:

@@ -16,7 +16,7 @@ from itertools import count
 
 from shardmerge.errors import ClusterError
 from shardmerge.plan import Task
-from shardmerge.work import Decided
+from shardmerge.runs import Decided
 
 UNIT_BYTES = 64 * 2**20
 """Bytes that a unit reads and writes, at least, where so many wait."""

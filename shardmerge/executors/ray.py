@@ -41,9 +41,10 @@ from shardmerge.memory import LOCAL_WORKERS, REMOTE_WORKERS, inputs_of
 from shardmerge.outputs.api import Output, ShardWriter
 from shardmerge.plan import MeasureTask, Plan, Task
 from shardmerge.progress import counted
+from shardmerge.runs import Decided
 from shardmerge.stores import Stores
 from shardmerge.stores.api import scheme_of
-from shardmerge.work import Decided, Done
+from shardmerge.work import Done
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shardmerge.kernels.compile import Kernel
 from shardmerge.kernels.device import Cpu, Device
 from shardmerge.kernels.language import Expr, Histograms, Tile, Totals, Type, parameter
-from shardmerge.methods.api import Decisions, Method, Pass
+from shardmerge.methods.api import Decisions, Kind, Method, Pass
 from shardmerge.numerics import DType
 
 S = TypeVar("S")
@@ -121,7 +121,7 @@ class Kernels:
         """The kernel of one pass.
 
         Args:
-            output: dtype that a merging pass writes.
+            output: dtype that a merging pass writes, or that a sum reads as its last input.
         """
         lengths = tuple(None if (d := decisions[n]) is None else len(d) for n in step.needs)
         key = (type(method), step.name, _static(method), inputs, lengths, output)
@@ -141,8 +141,13 @@ def _compile(
 ) -> Kernel:
     symbols = iter(range(2**31))
     symbolic, given = _substitute(method, step, decisions, lambda _: parameter(next(symbols)))
-    result: Expr | Totals | Histograms = step.function(symbolic, inputs.tile(), *given)
     dtypes: Sequence[DType] = inputs.dtypes
+    tile = inputs.tile()
+    if step.kind is Kind.SUM and output is not None:
+        kind = Type.F64 if output is DType.F64 else Type.F32
+        written = Expr("input", kind, (), len(dtypes))
+        return device.compile_totals(step.function(symbolic, tile, written), (*dtypes, output))
+    result: Expr | Totals | Histograms = step.function(symbolic, tile, *given)
     if isinstance(result, Totals):
         return device.compile_totals(result, dtypes)
     if isinstance(result, Histograms):

@@ -26,7 +26,7 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, Protocol, TypeVar, cast, dataclass_transform
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ from shardmerge.kernels.language import (
     Tile,
     Totals,
     in_type_of,
+    literal,
     magnitude_key,
     running_sum,
     single,
@@ -48,13 +49,17 @@ from shardmerge.kernels.language import (
 )
 
 __all__ = [
+    "CONTINUAL",
     "HISTOGRAM_BINS",
+    "METHODS",
+    "Array",
     "Base",
     "Counts",
     "Decision",
     "Expr",
     "Floats",
     "Histograms",
+    "Matrices",
     "Method",
     "MethodInfo",
     "Number",
@@ -65,13 +70,16 @@ __all__ = [
     "describe",
     "finite",
     "fraction",
+    "given",
     "in_type_of",
     "info_of",
     "levels_of",
+    "literal",
     "magnitude_key",
     "measure",
     "merge_method",
     "merges",
+    "merges_matrices",
     "non_negative",
     "oracle",
     "parameter",
@@ -79,6 +87,7 @@ __all__ = [
     "settle",
     "single",
     "sum_of",
+    "sums",
     "total_weight",
     "where",
     "wide",
@@ -96,6 +105,9 @@ Counts = npt.NDArray[np.int64]
 
 Floats = npt.NDArray[np.float64]
 """Whole tensors as an oracle sees them: float64, any shape."""
+
+Array = npt.NDArray[np.floating[Any]]
+"""A matrix as a pass over whole matrices sees it: float32 or float64, shape [rows, columns]."""
 
 Method = Any
 """An instance of a merge method's class."""
@@ -190,7 +202,11 @@ class Kind(enum.Enum):
 
     MEASURE = "measure"
     SETTLE = "settle"
+    GIVEN = "given"
+    """A decision that is known before the first task, from what an earlier run has summed up."""
     MERGE = "merge"
+    MATRIX = "matrix"
+    SUM = "sum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +219,7 @@ class Pass:
         when: for a measure: whether these parameters need it; its result is None where not.
         reads: for a measure: the inputs it reads (``base``, ``models``, or a kind of extras).
         same: for a settle over the model: fields that must be the same for all its tensors.
+        workspace: for a matrix pass: bytes that it takes for a matrix, beside the stored inputs.
     """
 
     kind: Kind
@@ -213,6 +230,7 @@ class Pass:
     when: Callable[[Any], bool] | None = None
     reads: tuple[str, ...] = ("base", "models")
     same: tuple[str, ...] = ()
+    workspace: Callable[[int, int], int] | None = None
 
     def over_of(self, method: Method) -> Over:
         """What this measure is taken over, for ``method``'s parameters."""
@@ -244,14 +262,45 @@ def settle(*, same: tuple[str, ...] = ()) -> Callable[[F], F]:
     return lambda function: _mark(function, Kind.SETTLE, same=same)
 
 
+def given(function: F) -> F:
+    """Mark a decision over the model that a run is given instead of measuring it.
+
+    The function is not called; its docstring says what the decision holds.
+    """
+    return _mark(function, Kind.GIVEN)
+
+
 def merges(function: F) -> F:
     """Mark the pass whose result is written."""
     return _mark(function, Kind.MERGE)
 
 
+def merges_matrices(*, workspace: Callable[[int, int], int]) -> Callable[[F], F]:
+    """Mark the pass that takes the place of ``@merges`` where a method needs whole matrices.
+
+    It is called as ``function(self, matrices)`` with ``Matrices`` and returns the result and the
+    sums of the ``@sums`` pass. The method says by ``whole(name, shape)`` for which tensors, and by
+    ``tables()`` which names (globs) of matrices are none for it.
+
+    Args:
+        workspace: bytes that it takes for a matrix of so many rows and columns in float32, its
+            result and all values that it asks for included.
+    """
+    return lambda function: _mark(function, Kind.MATRIX, workspace=workspace)
+
+
+def sums(function: F) -> F:
+    """Mark a pass that returns ``Totals`` of the inputs and of what was written of them.
+
+    It is called as ``function(self, tile, written)`` for every tile that was merged. The sums over
+    the model are published with the result: ``Output`` of a run that another goes on from.
+    """
+    return _mark(function, Kind.SUM)
+
+
 def _mark(function: F, kind: Kind, **options: Any) -> F:
     names = list(inspect.signature(function).parameters)[1:]
-    needs = tuple(names if kind is Kind.SETTLE else names[1:])
+    needs = {Kind.SETTLE: tuple(names), Kind.MATRIX: (), Kind.SUM: ()}.get(kind, tuple(names[1:]))
     function.__dict__["merge_pass"] = Pass(kind, function.__name__, function, needs, **options)
     return function
 
@@ -268,6 +317,10 @@ class MethodInfo:
         extras: kinds of further checkpoints that each model names (``fisher``).
         inert: parameters of mergekit's that are accepted and have no effect here.
         random: whether it draws random numbers, so that the order of models matters.
+        adds: whether what its merge pass gives is not a model but a sum of task vectors, in
+            float32, which is scaled and added to the base model by a second run.
+        matrix_pass: takes the place of the merge pass for tensors of whole matrices.
+        sum_pass: what is summed up while merging.
     """
 
     name: str
@@ -277,8 +330,11 @@ class MethodInfo:
     extras: tuple[str, ...]
     inert: tuple[str, ...]
     random: bool
+    adds: bool
     parameters: tuple[Parameter, ...]
     passes: tuple[Pass, ...]
+    matrix_pass: Pass | None
+    sum_pass: Pass | None
 
     @property
     def page(self) -> str:
@@ -303,6 +359,9 @@ def levels_of(method: Method) -> Mapping[str, Over | None]:
         if step.kind is Kind.MEASURE:
             found[step.name] = step.over_of(method) if step.needed(method) else None
             continue
+        if step.kind is Kind.GIVEN:
+            found[step.name] = Over.MODEL
+            continue
         over = [found[need] for need in step.needs]
         found[step.name] = None if None in over else min(over, key=_tensor_first)
     return found
@@ -313,7 +372,10 @@ def _tensor_first(over: Over | None) -> bool:
 
 
 METHODS: dict[str, MethodInfo] = {}
-"""Every method by name; filled by importing the files of this folder."""
+"""Every method that a recipe can name; filled by importing the files of this folder."""
+
+CONTINUAL: dict[str, MethodInfo] = {}
+"""Every method that adds one model after the other to what is there."""
 
 ORACLES: dict[str, Callable[..., Floats]] = {}
 """The formula of every method on whole float64 arrays, for tests."""
@@ -330,11 +392,20 @@ def merge_method(
     extras: tuple[str, ...] = (),
     inert: tuple[str, ...] = (),
     random: bool = False,
+    adds: bool = False,
+    among: Sequence[dict[str, MethodInfo]] = (METHODS,),
 ) -> Callable[[C], C]:
     """Register a class as the merge method ``name`` and make it a frozen dataclass.
 
     A method may define ``problems(self) -> Iterable[str]``: what is wrong with its parameters taken
     together (a zero sum of weights).
+
+    A method that ``adds`` defines ``scale(self, norms, total) -> float``: what the sum is
+    multiplied with, from the norms of all task vectors in it, in order, and its own. It may define
+    ``order(self, count, seed) -> Sequence[int]``: the order in which models are added.
+
+    Args:
+        among: where it can be named: ``METHODS``, ``CONTINUAL``, or nowhere.
 
     Raises:
         TypeError: at import, for a pass that names no earlier result, or not exactly one merge.
@@ -342,11 +413,13 @@ def merge_method(
 
     def register(cls: C) -> C:
         made: Any = dataclass(frozen=True, kw_only=True)(cls)
-        passes = tuple(
+        found: list[Pass] = [
             value.merge_pass for value in vars(cls).values() if hasattr(value, "merge_pass")
-        )
+        ]
+        beside = {step.kind: step for step in found if step.kind in (Kind.MATRIX, Kind.SUM)}
+        passes = tuple(step for step in found if step.kind not in beside)
         _check_passes(name, passes)
-        METHODS[name] = MethodInfo(
+        made.merge_info = MethodInfo(
             name=name,
             cls=made,
             base=base,
@@ -354,10 +427,14 @@ def merge_method(
             extras=extras,
             inert=inert,
             random=random,
+            adds=adds,
             parameters=_parameters(made),
             passes=passes,
+            matrix_pass=beside.get(Kind.MATRIX),
+            sum_pass=beside.get(Kind.SUM),
         )
-        made.merge_name = name
+        for registry in among:
+            registry[name] = made.merge_info
         return cast(C, made)
 
     return register
@@ -379,7 +456,8 @@ def oracle(method: type) -> Callable[[F], F]:
 
 def info_of(method: Method) -> MethodInfo:
     """The registered description of a method, or of its class."""
-    return METHODS[method.merge_name]
+    info: MethodInfo = method.merge_info
+    return info
 
 
 def describe(method: Method) -> dict[str, object]:
@@ -437,3 +515,24 @@ def _check_passes(name: str, passes: tuple[Pass, ...]) -> None:
 
 Decisions = Mapping[str, Decision | None]
 """Decisions by the name of the settling pass; None where it was not needed."""
+
+
+# --- whole matrices -----------------------------------------------------------------------------
+
+
+class Matrices(Protocol):
+    """One matrix of every input: what a pass that needs whole matrices sees.
+
+    Values are float32 (float64 for float64 inputs), shape [rows, columns]. What is asked for is
+    read then, into memory that the next call may use again: copy what is to stay.
+    """
+
+    @property
+    def models(self) -> int:
+        """How many models there are."""
+
+    def delta(self, model: int) -> Array:
+        """The task vector of a model: model - base; an array of its own."""
+
+    def extra(self, kind: str) -> Array | None:
+        """The first matrix of further checkpoints of this kind; None where there is none."""

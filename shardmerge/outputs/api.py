@@ -26,6 +26,8 @@ STAGING = ".shardmerge"
 LEDGER = "ledger"
 """What the names of the ledger's files begin with, in ``STAGING``."""
 LOCK = "lock"
+KEPT = f"{STAGING}/kept"
+"""Folder in OUT of a sum of task vectors that the run makes first: a checkpoint of its own."""
 
 PartKey = tuple[int, int]
 """A part: numbers of its shard, and of itself in it."""
@@ -41,6 +43,7 @@ class Receipt:
             that are there from those of bytes that somebody has removed since.
         non_finite: (tensor number, input number) of inputs that hold NaN or infinity in it; input
             -1 is the result of finite inputs.
+        sums: of the elements in it, where the method sums up while it merges.
     """
 
     shard: int
@@ -49,6 +52,7 @@ class Receipt:
     crc32: int
     tag: str = ""
     non_finite: tuple[tuple[int, int], ...] = ()
+    sums: tuple[float, ...] = ()
 
     @property
     def key(self) -> PartKey:
@@ -141,6 +145,9 @@ class Output(Protocol):
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; those that are gone already are no error. Durable."""
+
+    def clear(self) -> None:
+        """Remove everything that lies in OUT, unfinished or not."""
 
     # the unfinished run
 

@@ -85,6 +85,13 @@ class LocalOutput:
                 (self.folder / name).unlink(missing_ok=True)
             _sync_folder(self.folder)
 
+    def clear(self) -> None:
+        """Remove the folder."""
+        with _writing(self.folder):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+                _sync_folder(self.folder.parent)
+
     # --- the unfinished run ---------------------------------------------------------------------
 
     def is_unfinished(self) -> bool:
@@ -209,7 +216,7 @@ class LocalOutput:
         with _writing(self._staging):
             found = [path for path in self._staging.iterdir() if path.name not in order]
             for path in [*found, *(self._staging / name for name in order)]:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             try:
                 self._staging.rmdir()
             except OSError as problem:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from shardmerge.errors import OutputError
 from shardmerge.layout import Part, Shard
-from shardmerge.outputs.api import LEDGER, LOCK, STAGING, PartKey, Receipt, Survey
+from shardmerge.outputs.api import KEPT, LEDGER, LOCK, STAGING, PartKey, Receipt, Survey
 from shardmerge.outputs.s3_lock import S3Lock
 from shardmerge.stores import Stores
 from shardmerge.stores.api import Range
@@ -38,7 +38,7 @@ PART_BYTES = 16 * 2**20
 _EVEN_PARTS = ".r2.cloudflarestorage.com"
 _AT_A_TIME = 16
 _PROBE = f"{STAGING}/probe"
-_OURS = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|{re.escape(_PROBE)}")
+_OURS = re.compile(rf"({re.escape(KEPT)}/)?(model(-\d+-of-\d+)?\.safetensors|{re.escape(_PROBE)})")
 
 
 class S3Output:
@@ -92,6 +92,12 @@ class S3Output:
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; those that are gone already are no error."""
         self._each(lambda name: self._bucket.call("delete_object", Key=self._key(name)), names)
+
+    def clear(self) -> None:
+        """Remove every key below the prefix, and abort uploads."""
+        self._abort_all()
+        keys = _listed(self._bucket, self._prefix)
+        self._each(lambda key: self._bucket.call("delete_object", Key=key), keys)
 
     # --- the unfinished run ---------------------------------------------------------------------
 

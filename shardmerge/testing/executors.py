@@ -16,7 +16,7 @@ from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.executors.api import Executor
 from shardmerge.header import write_header
 from shardmerge.layout import SINGLE_SHARD
-from shardmerge.merge import prepare
+from shardmerge.merge import Where, prepare
 from shardmerge.numerics import DType
 from shardmerge.outputs.api import STAGING, Output, ShardWriter
 from shardmerge.outputs.local import LocalOutput
@@ -54,9 +54,8 @@ class ExecutorSuite:
         }
         path = folder / "recipe.yml"
         path.write_text(json.dumps(recipe))
-        return prepare(
-            str(path), str(folder / "out"), memory_bytes=2**30, threads=threads, device="cpu"
-        ).plan
+        where = Where(device="cpu", memory_bytes=2**30, threads=threads)
+        return prepare(str(path), str(folder / "out"), where).plan
 
     @pytest.fixture
     def writer(self, tmp_path: Path, models: Sequence[Path]) -> Iterator[ShardWriter]:

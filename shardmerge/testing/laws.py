@@ -42,6 +42,7 @@ from shardmerge.methods.api import (
     info_of,
     problems_of,
 )
+from shardmerge.methods.opcm import cleaned
 from shardmerge.numerics import CANONICAL_BLOCK, DType, philox_key, philox_stream
 
 if TYPE_CHECKING:
@@ -153,7 +154,13 @@ class Case:
     def run(self, *, tile: int = 64 * CANONICAL_BLOCK, seed: int = 0) -> tuple[bytes, int]:
         """The bytes that are written, and which inputs hold NaN or infinity."""
         merged, flags = merge_raw(
-            self.method, self.inputs, self.arrays(), output=self.output, tile=tile, seed=seed
+            self.method,
+            self.inputs,
+            self.arrays(),
+            output=self.output,
+            tile=tile,
+            seed=seed,
+            shape=self.shape,
         )
         return merged.tobytes(), flags
 
@@ -376,11 +383,16 @@ def bound(case: Case, expected: Floats) -> Floats:
         with np.errstate(all="ignore"):
             response = np.abs(changed.expected() - expected) / step
         slopes = slopes + np.where(response < _DECISION, response, 0.0)
+    if case.info.adds:
+        # What is kept is rounded to float32, task vectors and sums, before it is scaled; of a
+        # matrix every element is a sum over all others.
+        slopes = slopes + sum(np.abs(values).max(initial=0.0) for values in case.values)
     # Whole numbers are there for decisions; formulas may be ill-conditioned on them.
     roundings = 1024.0 if case.numbers is Numbers.WHOLE else 16.0
     if case.wide:
         roundings += math.sqrt(case.size)  # float64 sums over elements are rounded like the values
-    error = roundings * HALF_ULP[DType.F64 if case.wide else DType.F32] * slopes
+    wide = case.wide and not case.info.adds
+    error = roundings * HALF_ULP[DType.F64 if wide else DType.F32] * slopes
     moved: Floats = error + HALF_ULP[case.output] * (np.abs(expected) + error)
     return moved + _LEAST[case.output]
 
@@ -485,9 +497,33 @@ def _cancelling(case: Case, votes: Sequence[Vote]) -> Mask:
     return mask
 
 
+def _opcm_undecided(case: Case, base: Floats) -> Mask:
+    """Sums whose singular values lie so close to each other, to zero, or with their mass so close
+    to ``alpha``, that rounding to float32 turns their directions."""
+    method, found = case.method, False
+    if method.whole("tensor", case.shape):
+        order = method.order(len(case.models), 0)
+        for block in np.ndindex(case.shape[:-2]):
+            total, *deltas = (case.models[place][block] - base[block] for place in order)
+            for delta in deltas:
+                found |= _ill_conditioned(total, method.alpha)
+                total = total + cleaned(total, delta, method.alpha)
+    return np.full(case.shape, found)
+
+
+def _ill_conditioned(total: Floats, alpha: float) -> bool:
+    s = np.linalg.svd(total, compute_uv=False)
+    if not s[0]:
+        return False
+    mass = np.cumsum(s) / s.sum()
+    gaps = -np.diff(s, append=0.0) / s[0]
+    return bool(gaps.min() < 0.01 or (alpha < 1 and np.abs(mass - alpha).min() < 1e-4))
+
+
 _UNDECIDED: Mapping[str, Callable[[Case, Floats], Mask]] = {
     "ties": _ties_undecided,
     "dare_ties": _dare_undecided,
+    "opcm": _opcm_undecided,
 }
 """Methods that decide in float32: which elements are left out of comparisons, and why.
 
@@ -573,8 +609,8 @@ def one_model_at_full_strength_gives_it(info: MethodInfo) -> None:
 def order_matters_only_where_declared(info: MethodInfo) -> None:
     """Models in another order, with their parameters, give the same to float32 rounding."""
     several = [setup for setup in setups(info) if _models(setup) > 1]
-    if info.random or not several:
-        return  # the order is the recipe's part of the random key; or there is nothing to order
+    if info.random or info.adds or not several:
+        return  # the order is a part of the random key, or of the method; or there is none
 
     def law(case: Case) -> None:
         expected = case.expected()
