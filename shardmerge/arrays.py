@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmerge.kernels.compile import OUTPUT_BIT, Form
 from shardmerge.kernels.language import HISTOGRAM_BINS
+from shardmerge.kernels.linalg import on_cpu
 from shardmerge.kernels.trace import Inputs, Kernels, numbers_of
 from shardmerge.methods.api import Array, Decision, Kind, Method, Pass, info_of, levels_of
 from shardmerge.methods.scaled import Scaled
@@ -201,6 +203,10 @@ class _Whole:
     def extra(self, kind: str) -> Array | None:
         """None: there are no others."""
         return None
+
+    def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
+        """By numpy."""
+        return on_cpu(function, *matrices)
 
 
 def _measured(

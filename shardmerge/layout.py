@@ -223,7 +223,8 @@ def _blocks(whole: Piece, tensor: Spec, part_bytes: int) -> list[Piece]:
 def _cut(whole: Piece, itemsize: int, part_bytes: int) -> list[Piece]:
     """Even pieces of at most about ``part_bytes``, cut between canonical blocks."""
     numel = whole.stop - whole.start
-    count = math.ceil(numel * itemsize / part_bytes)
+    most = numel * itemsize // (LEAST_PART_BYTES + CANONICAL_BLOCK * itemsize)
+    count = max(1, min(math.ceil(numel * itemsize / part_bytes), most))
     blocks = math.ceil(numel / CANONICAL_BLOCK)
     edges = [whole.start + round(i * blocks / count) * CANONICAL_BLOCK for i in range(count)]
     return [Piece(whole.tensor, start, stop) for start, stop in pairwise([*edges, whole.stop])]

@@ -118,6 +118,14 @@ class Where:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     threads: int | None = None
 
+    def chosen(self) -> str:
+        """The device that is meant.
+
+        Raises:
+            UsageError: CUDA is asked for, and something that it needs is not there.
+        """
+        return choose_device(self.device, here=self.executor not in executors.ELSEWHERE)
+
     def check(self) -> None:
         """Refuse what does not go together.
 
@@ -246,6 +254,7 @@ def prepare(
     stop: threading.Event | None = None,
 ) -> Prepared:
     """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
+    where.chosen()  # before anything is read
     with _uncollected():
         planner = Planner(out, where, settings, stop)
         recipe = Recipe.load(recipe)
@@ -308,9 +317,7 @@ class Planner:
         stores = Stores(self.settings, stopping=self.stop)
         # Stores of its own: when workers that read are ended, the ledger is still written.
         output = open_output(self.out, Stores(self.settings, stopping=self.stop))
-        device = choose_device(
-            self.where.device, here=self.where.executor not in executors.ELSEWHERE
-        )
+        device = self._device(outputs)
         cpus, workers = self.where.threads or available_cpus(), None
         if self.where.executor == "ray":
             # Workers are processes: on CPUs of one each, but all that use a GPU share its process.
@@ -328,6 +335,25 @@ class Planner:
             buffers_parts=output.buffers_parts,
         )
         return Prepared(plan, sources, output, stores)
+
+    def _device(self, outputs: Outputs) -> str:
+        """Where kernels run.
+
+        Raises:
+            UsageError: CUDA is asked for, and something that it needs is not there.
+        """
+        here, device = self.where.executor not in executors.ELSEWHERE, self.where.chosen()
+        if device == CUDA and here and any(tensor.whole for tensor in outputs.tensors):
+            from shardmerge.kernels.linalg import lacking
+
+            missing = lacking()
+            if missing is not None and self.where.device == CUDA:
+                raise UsageError(
+                    f"--device cuda: {missing}, which decomposes matrices there.\n"
+                    "  Install PyTorch with CUDA, or give --device cpu."
+                )
+            return CPU if missing else CUDA
+        return device
 
 
 def open_sources(recipe: Recipe, stores: Stores) -> Sources:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.kernels.blas import one_thread
+from shardmerge.kernels.linalg import linear_on
 from shardmerge.layout import Piece
 from shardmerge.matrices import block_numel, block_shape, matrices_in
 from shardmerge.memory import CONVERTED, inputs_of, tensor_numel, value_dtype
@@ -70,7 +71,7 @@ class MatrixRun:
         found: set[tuple[int, int]] = set()
         result, self._of_block = np.empty(shape, dtype=np.float32), []
         for rows, columns in matrices_in(tensor.shape, tensor.split):
-            with self._context.arena.borrowed(), self._context.computing, one_thread():
+            with self._context.arena.borrowed(), self._context.computing:
                 matrices = _Matrices(self._context, self.number, block, (rows, columns))
                 began = time.perf_counter()
                 result[rows, columns], sums = step.function(tensor.method, matrices)
@@ -132,6 +133,10 @@ class _Matrices:
         number = self._refs.index(refs[0])
         with self._context.arena.borrowed():
             return self._values(number, self._window(number))
+
+    def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
+        """Where the plan's kernels run."""
+        return linear_on(self._context.plan.device)(function, *matrices)
 
     def _window(self, number: int) -> Window:
         """The stored rows of an input."""

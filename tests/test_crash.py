@@ -70,16 +70,17 @@ def small_engine(monkeypatch):
         monkeypatch.setattr(os, name, lambda _: None)
 
 
-def scenario(folder: Path, merges: Merges, *, shards: int, old_shards: int = 0) -> Scenario:
+def scenario(
+    folder: Path, merges: Merges, *, shards: int, old_shards: int = 0, method: str = "ties"
+) -> Scenario:
     base = support.write_checkpoint(folder / "base", HALVES, shards=shards, files=NEW_FILES)
     models = {
-        support.write_checkpoint(folder / f"model{seed}", HALVES, seed=seed): {
-            "weight": 1.0 / seed,
-            "density": 0.5,
-        }
+        support.write_checkpoint(folder / f"model{seed}", HALVES, seed=seed): (
+            {"weight": 1.0 / seed, "density": 0.5} if method == "ties" else {}
+        )
         for seed in (1, 2)
     }
-    recipe = support.write_recipe(folder / "r.yml", support.recipe_of("ties", base, models))
+    recipe = support.write_recipe(folder / "r.yml", support.recipe_of(method, base, models))
     old = None
     if old_shards:
         larger = {f"model.layers.{i}.weight": HALVES["model.layers.0.weight"] for i in range(10)}
@@ -149,6 +150,7 @@ SHAPES = {
     "three shards over five": {"shards": 3, "old_shards": 5},
     "one shard over five": {"shards": 1, "old_shards": 5},
     "one shard over one": {"shards": 1, "old_shards": 1},
+    "a sum that is made first": {"shards": 2, "method": "opcm"},
 }
 
 

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
-from shardmerge import plan, work
+from shardmerge import plan, whole, work
 from shardmerge.cli import main
 from shardmerge.errors import DeviceError, LedgerMismatchError, UsageError
-from shardmerge.kernels import cuda_driver, cuda_memory, device
+from shardmerge.kernels import cuda_driver, cuda_memory, device, linalg
 from shardmerge.kernels.cuda import Cuda
 from shardmerge.kernels.device import choose_device, open_device
 from shardmerge.kernels.trace import Kernels
-from shardmerge.merge import Where, merge
+from shardmerge.merge import Where, merge, prepare
 from tests import support
 from tests.emulated_cuda import EmulatedDriver
 from tests.support import LACKING, digests, recipe_of, write_checkpoint, write_recipe
@@ -30,6 +31,7 @@ WAYS = {
     "ties": {"weight": 0.7, "density": 0.4},
     "dare_ties": {"weight": 0.7, "density": 0.4},
     "slerp": {},
+    "opcm": {},
 }
 
 
@@ -68,7 +70,7 @@ def emulated(monkeypatch) -> Callable[..., EmulatedDriver]:
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "streamed"])
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", [method for method in WAYS if method != "opcm"])
 def test_a_merge_on_cuda_gives_the_cpu_s_bytes(
     method, resident, family, emulated, tmp_path, monkeypatch
 ):
@@ -132,6 +134,42 @@ def test_workers_do_not_outnumber_what_a_device_takes(family, emulated, tmp_path
     where = Where(memory_bytes=2**32, threads=32, device="cuda")
     made = support.prepare(family("ties"), "OUT", where).plan
     assert made.device == "cuda" and made.kernels == 4 and made.workers > made.kernels
+
+
+def test_matrices_are_decomposed_there_too(family, emulated, tmp_path, monkeypatch):
+    """By PyTorch, of which this machine has the CPU's: another LAPACK, so other last bits."""
+    emulated()
+    monkeypatch.setattr(linalg, "lacking", lambda: None)
+    used = []
+    places = {"cpu": linalg.on_cpu, "cuda": linalg.OnTorch("cpu")}
+    monkeypatch.setattr(whole, "linear_on", lambda name: used.append(name) or places[name])
+    recipe = family("opcm")
+    merge(recipe, str(tmp_path / "cpu"), device="cpu")
+    assert set(used) == {"cpu"}
+    merge(recipe, str(tmp_path / "cuda"), device="cuda")
+    assert "cuda" in used
+    found, expected = (support.read_tensors(tmp_path / name) for name in ("cuda", "cpu"))
+    for name, (dtype, _, raw) in found.items():
+        if dtype.is_float:
+            got, same = support.loaded(raw, dtype), support.loaded(expected[name][2], dtype)
+            assert np.allclose(got, same, rtol=2.0**-7, atol=1e-5), name
+
+
+def test_without_pytorch_matrices_stay_on_the_cpus(family, emulated, tmp_path, monkeypatch):
+    emulated()
+    monkeypatch.setattr(linalg, "lacking", lambda: "PyTorch is not installed")
+    recipe = family("opcm")
+    with pytest.raises(UsageError, match="PyTorch is not installed, which decomposes matrices"):
+        merge(recipe, str(tmp_path / "out"), device="cuda")
+    assert prepare(recipe, "OUT", Where(device="auto")).first.plan.device == "cpu"
+
+
+def test_a_matrix_that_the_device_has_no_room_for():
+    def too_much(matrix, *, xp):
+        raise xp.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.")
+
+    with pytest.raises(DeviceError, match="matrix of 3x2: CUDA out of memory"):
+        linalg.OnTorch("cpu")(too_much, np.zeros((3, 2), dtype=np.float32))
 
 
 # --- what is missing ------------------------------------------------------------------------------

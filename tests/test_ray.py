@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
+from shardmerge.continual import State
 from shardmerge.errors import ClusterError, Stopped, UsageError
 from shardmerge.executors import placement
 from shardmerge.executors.api import Executor
 from shardmerge.executors.node import versions
-from shardmerge.merge import merge
+from shardmerge.merge import Where, merge
 from shardmerge.outputs.api import Output, ShardWriter
 from shardmerge.plan import MergeTask, Plan
 from shardmerge.report import read_records
@@ -208,6 +209,26 @@ def test_a_merge_gives_the_bytes_of_a_local_one(joined, tmp_path, recipe):
     rows = read_records(str(tmp_path / "out"), Stores())
     assert {row.attempt for row in rows} == {1}
     assert os.getpid() not in {row.process for row in rows}
+
+
+def test_matrices_and_states_give_the_bytes_of_local_ones(joined, tmp_path):
+    family = [
+        write_checkpoint(tmp_path / f"m{i}", SEVERAL_DTYPES, seed=i, shards=3) for i in range(3)
+    ]
+    recipe = write_recipe(
+        tmp_path / "opcm.yml", recipe_of("opcm", family[0], {model: {} for model in family[1:]})
+    )
+    merge(recipe, str(tmp_path / "local"), threads=1)
+    run(recipe, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
+    where = Where(executor="ray", memory_bytes=MEMORY_BYTES, threads=1)
+    for place, kind in (("a", where), ("b", Where(threads=1))):
+        state = State(str(tmp_path / place))
+        state.init(str(family[0]))
+        for model in family[1:]:
+            state.add(str(model), kind)
+    sums = "steps/000002"
+    assert digests(tmp_path / "a" / sums) == digests(tmp_path / "b" / sums)
 
 
 def test_a_worker_that_is_killed(joined, tmp_path, recipe, gates, monkeypatch):

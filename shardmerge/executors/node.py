@@ -152,6 +152,10 @@ def _problems(job: Job, node: str) -> Iterator[str]:
 
         if missing := lacking():
             yield f"cannot use CUDA: {missing}"
+        from shardmerge.kernels.linalg import lacking as no_matrices
+
+        if any(tensor.whole for tensor in job.plan.tensors) and (missing := no_matrices()):
+            yield f"cannot decompose matrices on CUDA: {missing}"
 
     def unread(ref: Range) -> str:
         try:

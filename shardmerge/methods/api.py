@@ -536,3 +536,6 @@ class Matrices(Protocol):
 
     def extra(self, kind: str) -> Array | None:
         """The first matrix of further checkpoints of this kind; None where there is none."""
+
+    def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
+        """``function(*matrices, xp=...)`` where kernels run; ``xp`` is numpy or torch."""

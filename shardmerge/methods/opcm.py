@@ -7,6 +7,7 @@ import fnmatch
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -143,7 +144,7 @@ class Opcm:
             delta = matrices.delta(model)
             found.append(squares(delta))
             if total is not None:
-                delta = project(total, delta, self.alpha)
+                delta = matrices.linear(partial(project, alpha=self.alpha), total, delta)
                 delta += total
             total = delta.astype(np.float32, copy=False)
         assert total is not None
