@@ -225,34 +225,30 @@ def measure_plan(place: Workplace, report: Report, *, method: str, runs: int) ->
     inputs = _deepseek(place)
     family = Family("deepseek-v3", inputs[0], inputs[1:], 0)
     recipe(method, family).write(file)
-    saved = place.file("plan.pickle")
-    work = [sys.executable, "-m", "benchmarks.plan_work"]
+    work: list[str | Path] = [sys.executable, "-m", "benchmarks.plan_work", file]
     times, peaks = [], []
     for number in range(runs):
-        measured = harness.run([*work, "make", file])
+        measured = harness.run(work)
         figures = json.loads(measured.stdout)
         times.append(figures["prepare_s"])
         peaks.append(measured.peak_anon_bytes)
         report.line("plan-run", method=method, run=number, **measured.figures(), **figures)
-    made = json.loads(harness.run([*work, "make", file, "--save", saved]).stdout)
-    taken = json.loads(harness.run([*work, "take", saved]).stdout)
+    sent = json.loads(harness.run([*work, "--send"]).stdout)
     figures = {
         "median_s": median(times),
         "best_s": round(min(times), 3),
         "target_s": PLAN_TARGET_S,
         "peak_anon_bytes": max(peaks),
         "target_bytes": PLAN_TARGET_BYTES,
-        "pickle_bytes": made["pickle_bytes"],
-        "worker_anon_bytes": taken["plan_anon_bytes"],
-        "unpickle_s": round(taken["unpickle_s"], 3),
+        **{name: sent[name] for name in ("units", "sent_bytes", "largest_unit_bytes", "send_s")},
     }
     report.line("plan", method=method, runs=runs, **figures)
     return [
         f"plan, {method}",
         f"{median(times):.1f} s (<= {PLAN_TARGET_S:.0f})",
         f"{mib(max(peaks))} MiB (<= {mib(PLAN_TARGET_BYTES)})",
-        f"{mib(figures['pickle_bytes'])} MiB pickled",
-        f"{mib(figures['worker_anon_bytes'])} MiB in a worker",
+        f"{sent['largest_unit_bytes'] / 1024:.0f} KiB at most for a unit",
+        f"{sent['sent_bytes'] / sent['units'] / 1024:.1f} KiB on average",
     ]
 
 

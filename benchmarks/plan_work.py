@@ -1,4 +1,4 @@
-"""What ``bench_cluster`` does in processes of their own: make a plan, or take one that was made."""
+"""What ``bench_cluster`` does in a process of its own: make a plan, and cut it for workers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,49 @@ import argparse
 import json
 import pickle
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.harness import fields
+from shardmerge.excerpt import excerpt
+from shardmerge.executors.placement import UNIT_BYTES, UNIT_TASKS
 from shardmerge.merge import Prepared, Where, prepare
+from shardmerge.plan import Plan
 
 
-def make(recipe: str, saved: Path | None) -> tuple[dict[str, object], object]:
-    """Read every header and plan; a plan may be kept as the bytes that a worker would get."""
+def make(recipe: str) -> tuple[dict[str, object], Plan]:
+    """Read every header and plan."""
     began = time.perf_counter()
     ready = prepare(recipe, "out", Where(threads=8, device="cpu"))
     figures: dict[str, object] = {"prepare_s": time.perf_counter() - began, **_sizes(ready)}
     figures["anon_bytes"], figures["peak_rss_bytes"] = _memory()
-    if saved is not None:
-        began = time.perf_counter()
-        content = pickle.dumps(ready.plan, protocol=5)
-        figures |= {"pickle_s": time.perf_counter() - began, "pickle_bytes": len(content)}
-        saved.write_bytes(content)
-    return figures, ready
+    return figures, ready.plan
+
+
+def send(plan: Plan) -> dict[str, object]:
+    """What workers of a cluster would be sent, unit by unit."""
+    began = time.perf_counter()
+    sizes = [len(pickle.dumps(excerpt(plan, unit), protocol=5)) for unit in _units(plan)]
+    return {
+        "send_s": time.perf_counter() - began,
+        "units": len(sizes),
+        "sent_bytes": sum(sizes),
+        "largest_unit_bytes": max(sizes),
+    }
+
+
+def _units(plan: Plan) -> Iterator[list[int]]:
+    """Tasks that would go together if all were ready at once."""
+    unit: list[int] = []
+    filled = 0
+    for task in plan.tasks:
+        unit.append(task.number)
+        filled += task.read_bytes + task.write_bytes
+        if filled >= UNIT_BYTES or len(unit) == UNIT_TASKS:
+            yield unit
+            unit, filled = [], 0
+    if unit:
+        yield unit
 
 
 def _sizes(ready: Prepared) -> dict[str, object]:
@@ -37,23 +62,6 @@ def _sizes(ready: Prepared) -> dict[str, object]:
     }
 
 
-def take(saved: Path) -> tuple[dict[str, object], object]:
-    """Unpickle a plan, as a worker of a cluster does."""
-    before, _ = _memory()
-    began = time.perf_counter()
-    with saved.open("rb") as file:
-        plan = pickle.load(file)
-    took = time.perf_counter() - began
-    after, peak = _memory()
-    figures: dict[str, object] = {
-        "unpickle_s": took,
-        "plan_anon_bytes": after - before,
-        "anon_bytes": after,
-        "peak_rss_bytes": peak,
-    }
-    return figures, plan
-
-
 def _memory() -> tuple[int, int]:
     """Anonymous memory now, and the most memory of any kind so far."""
     found = fields(Path("/proc/self/status"))
@@ -61,13 +69,14 @@ def _memory() -> tuple[int, int]:
 
 
 def main() -> None:
-    """Do what is asked; print the figures as JSON."""
+    """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=["make", "take"])
-    parser.add_argument("path", help="a recipe, or a pickled plan")
-    parser.add_argument("--save", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("--send", action="store_true", help="also what workers would be sent")
     args = parser.parse_args()
-    figures, _ = make(args.path, args.save) if args.action == "make" else take(Path(args.path))
+    figures, plan = make(args.recipe)
+    if args.send:
+        figures |= send(plan)
     print(json.dumps(figures))
 
 

@@ -11,6 +11,7 @@ files, in the order of the data:
     match       which input tensors make each output tensor (parts, layers, mismatch: its steps)
     layout      where every element of the output goes: shards, headers, parts
     plan        HOW: tasks, what each reads, keeps in memory and writes (memory: the sizes)
+    excerpt     what a worker needs of a plan for its tasks
     execute     RUN: which task next, what is durable, when to stop
     work        one task: read a tile, run a kernel, write a tile (window, decode, summaries)
     records     what became of each task: where, when, how long, how much memory

@@ -7,7 +7,6 @@ line is never changed.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from shardmerge.errors import LedgerMismatchError
 from shardmerge.methods.api import Decision
 from shardmerge.outputs.api import Journal, PartKey, Receipt
-from shardmerge.records import TaskRecord
+from shardmerge.records import TaskRecord, row_of
 
 
 def fingerprint(identity: Mapping[str, str]) -> str:
@@ -133,7 +132,7 @@ class Ledger:
             records.append(record)
         for key, values in (decisions or {}).items():
             records.append({"decision": key, "values": list(values)})
-        records += [{"ran": dataclasses.asdict(task)} for task in tasks]
+        records += [{"ran": row_of(task)} for task in tasks]
         if records:
             self._append(records)
         self.receipts.update({item.key: item for item in receipts})

@@ -84,6 +84,31 @@ def tensor_numel(tensor: OutputTensor) -> int:
     return math.prod(tensor.shape)
 
 
+def alike(tensors: Sequence[OutputTensor]) -> list[int]:
+    """For each tensor, the number of the first that takes as much memory and reads as much.
+
+    They are few, as layers repeat: 45,000 tensors of DeepSeek-V3 are of 20 kinds.
+    """
+    first: dict[object, int] = {}
+    return [first.setdefault(_kind(tensor), number) for number, tensor in enumerate(tensors)]
+
+
+def _kind(tensor: OutputTensor) -> object:
+    """Equal for tensors that differ in names and addresses alone.
+
+    Methods and dtypes by identity, which takes a tenth of the time and only makes more kinds.
+    """
+    refs = inputs_of(tensor)
+    scaled = [ref.decode for ref in refs if ref.decode is not None]
+    return (
+        (tensor.shape, id(tensor.dtype), id(tensor.method), tensor.wide),
+        (tensor.whole, tensor.split),
+        (tensor.base is None, len(tensor.models), is_far(tensor)),
+        tuple([(id(ref.dtype), ref.decode is None) for ref in refs]),
+        tuple([(by.rows, by.columns, by.scale.shape, id(by.scale.dtype)) for by in scaled]),
+    )
+
+
 # --- tiles and workers ---------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_che
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
 from shardmerge.records import TASKS, to_parquet
-from shardmerge.sources import open_checkpoint
+from shardmerge.sources import Twins, open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
 from shardmerge.stores import Settings, Stores
@@ -358,9 +358,13 @@ class Planner:
 
 def open_sources(recipe: Recipe, stores: Stores) -> Sources:
     """Every checkpoint that the recipe names, by name."""
-    names = _named(recipe)
+    names, twins = _named(recipe), Twins()
+
+    def opened_one(name: ModelName) -> Checkpoint:
+        return open_checkpoint(name.url, name.revision, stores, twins)
+
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        opened = pool.map(lambda name: open_checkpoint(name.url, name.revision, stores), names)
+        opened = pool.map(opened_one, names)
         return dict(zip(names, opened, strict=True))
 
 

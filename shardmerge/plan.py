@@ -19,6 +19,7 @@ from shardmerge.matrices import block_numel, matrix_shapes
 from shardmerge.memory import (
     LOCAL_WORKERS,
     REMOTE_WORKERS,
+    alike,
     footprint_bytes,
     inputs_of,
     is_far,
@@ -107,6 +108,13 @@ class MergeTask:
 Task = MeasureTask | MergeTask
 
 
+def pieces_of(task: Task) -> tuple[Piece, ...]:
+    """What a task works on, in order."""
+    if isinstance(task, MeasureTask):
+        return task.pieces
+    return tuple(piece for part in task.parts for piece in part.pieces)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a run needs to know, and all that decides its bytes.
@@ -144,6 +152,11 @@ class Plan:
     def tensors(self) -> tuple[OutputTensor, ...]:
         """The output's tensors."""
         return self.outputs.tensors
+
+    @property
+    def seed(self) -> int:
+        """Of all random numbers."""
+        return self.recipe.seed
 
     @functools.cached_property
     def output_bytes(self) -> int:
@@ -204,10 +217,12 @@ def make_plan(
     scopes, model_scope = _scopes(tensors, layered=recipe.layered)
     parts = [part.nbytes for shard in shards for part in shard.parts]
     buffer_bytes = max(parts, default=0) if buffers_parts else 0
-    networked = buffers_parts or any(map(is_far, tensors))
+    kinds = alike(tensors)
+    kept = [tensors[number] for number in sorted(set(kinds))]
+    networked = buffers_parts or any(map(is_far, kept))
     wanted = workers or cpus * (REMOTE_WORKERS if networked else LOCAL_WORKERS)
-    workers, worker_bytes = share_memory(tensors, memory_bytes, wanted, buffer_bytes, device)
-    planner = _Planner(tensors, model_scope, scopes, worker_bytes, buffer_bytes, device)
+    workers, worker_bytes = share_memory(kept, memory_bytes, wanted, buffer_bytes, device)
+    planner = _Planner(tensors, kinds, model_scope, scopes, worker_bytes, buffer_bytes, device)
     tasks = tuple(planner.tasks(shards))
     return Plan(
         recipe=recipe,
@@ -297,6 +312,7 @@ class _Planner:
     def __init__(
         self,
         tensors: Sequence[OutputTensor],
+        kinds: Sequence[int],
         model_scope: Mapping[int, int],
         scopes: Sequence[Scope],
         worker_bytes: int,
@@ -306,10 +322,14 @@ class _Planner:
         self._device = device
         self._buffer_bytes = buffer_bytes
         self._tensors = tensors
+        self._kinds = kinds
         self._model_scope = model_scope
         self._scopes = scopes
         self._worker_bytes = worker_bytes
+        # By kind of tensor, each computed once: a large plan asks for them 200,000 times.
         self._tiles: dict[int, int] = {}
+        self._resident: dict[int, int] = {}
+        self._reads: dict[tuple[int, int, int, str | None], int] = {}
         self._number = 0
 
     def tasks(self, shards: Sequence[Shard]) -> Iterator[Task]:
@@ -322,7 +342,7 @@ class _Planner:
 
     def _unit(self, unit: Unit) -> Iterator[Task]:
         measured = [t for t in unit.tensors if self._has(t, Over.TENSOR)]
-        needed = max((resident_bytes(self._tensors[t], self._device) for t in measured), default=0)
+        needed = max(map(self._resident_bytes, measured), default=0)
         if measured and needed <= self._worker_bytes:
             yield self._merge(unit.parts, resident=True)
             return
@@ -399,6 +419,13 @@ class _Planner:
         return tuple(sorted(found))
 
     def _read_bytes(self, piece: Piece, step: Pass | None) -> int:
+        name = None if step is None else step.name
+        key = self._kinds[piece.tensor], piece.start, piece.stop, name
+        if key not in self._reads:
+            self._reads[key] = self._count_bytes(piece, step)
+        return self._reads[key]
+
+    def _count_bytes(self, piece: Piece, step: Pass | None) -> int:
         tensor = self._tensors[piece.tensor]
         refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
         times = len(matrix_shapes(tensor.shape, tensor.split)) if _is_cut_across(tensor) else 1
@@ -410,11 +437,18 @@ class _Planner:
         return nbytes
 
     def _tile_bytes(self, tensor: int) -> int:
-        if tensor not in self._tiles:  # a tensor has many tasks
-            output = self._tensors[tensor]
+        kind = self._kinds[tensor]
+        if kind not in self._tiles:
+            output = self._tensors[kind]
             elements = tile_elements(output, self._worker_bytes, self._device)
-            self._tiles[tensor] = tile_bytes(output, elements)
-        return self._tiles[tensor]
+            self._tiles[kind] = tile_bytes(output, elements)
+        return self._tiles[kind]
+
+    def _resident_bytes(self, tensor: int) -> int:
+        kind = self._kinds[tensor]
+        if kind not in self._resident:
+            self._resident[kind] = resident_bytes(self._tensors[kind], self._device)
+        return self._resident[kind]
 
     def _together_bytes(self, tensors: set[int], resident: bool) -> int:
         """Memory for tensors that are read together as far as they fit."""
@@ -427,7 +461,7 @@ class _Planner:
         if output.whole:
             return matrix_bytes(output)
         if resident and self._has(tensor, Over.TENSOR):
-            return resident_bytes(output, self._device)
+            return self._resident_bytes(tensor)
         return self._tile_bytes(tensor)
 
     def _next(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmerge.errors import CheckpointError
+from shardmerge.excerpt import WorkPlan
 from shardmerge.kernels.compile import LAST_INPUT_BIT, OUTPUT_BIT, Form, Kernel
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.trace import Kernels, numbers_of
@@ -20,7 +21,6 @@ from shardmerge.memory import inputs_of, kernel_inputs, tensor_numel, tile_eleme
 from shardmerge.methods.api import Counts, Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.numerics import CANONICAL_BLOCK, philox_key
 from shardmerge.outputs.api import PartWriter
-from shardmerge.plan import Plan
 from shardmerge.stores import Stores
 from shardmerge.summaries import Partial, Summary, combine, settle
 from shardmerge.window import Arena, Missing, Window
@@ -50,12 +50,13 @@ class Context:
     """What the passes of a tensor share with their worker.
 
     Args:
+        plan: of the task, or an excerpt with all that it needs.
         computing: kernels run while holding one, so that other workers read and write meanwhile.
         reading: a worker reads while holding one.
         stopping: set when the run is to stop; a task then ends between two tiles.
     """
 
-    plan: Plan
+    plan: WorkPlan
     stores: Stores
     kernels: Kernels
     computing: threading.Semaphore
@@ -109,7 +110,7 @@ class TensorRun:
         )
         self._output = context.arena.take(min(self._tile, numel) * self._tensor.dtype.itemsize)
         self._decisions = self._given(decided)
-        self._keys = _random_keys(self._tensor, plan.recipe.seed)
+        self._keys = _random_keys(self._tensor, plan.seed)
         self._measured = not self._resident
         self.keeps = self._resident
         self._sums: list[npt.NDArray[np.float64]] = []

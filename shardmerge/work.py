@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from shardmerge.excerpt import WorkPlan
 from shardmerge.kernels.device import open_device
 from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Piece
@@ -23,7 +24,7 @@ from shardmerge.memory import resident_bytes, tensor_numel, tile_bytes, tile_ele
 from shardmerge.methods.api import Over, Pass, info_of
 from shardmerge.numerics import ExactSums
 from shardmerge.outputs.api import Receipt, ShardWriter
-from shardmerge.plan import MeasureTask, MergeTask, Plan, Task
+from shardmerge.plan import MeasureTask, MergeTask, Task
 from shardmerge.runs import Context, Decided, Seconds, TensorRun, levels_in
 from shardmerge.stores import Stores
 from shardmerge.summaries import Partial
@@ -33,9 +34,10 @@ from shardmerge.window import Arena
 Run = TensorRun | MatrixRun
 
 _NODE = socket.gethostname()
+_MEMORY = Path("/proc/self/statm")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, here and below: pickled three times as fast
 class Ran:
     """Where and when a task ran.
 
@@ -56,7 +58,7 @@ class Ran:
     peak_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Done:
     """What a task gives back: receipts of parts, or a partial summary."""
 
@@ -72,7 +74,7 @@ class Done:
 class Shared:
     """What the workers of one process share."""
 
-    plan: Plan
+    plan: WorkPlan
     stores: Stores
     kernels: Kernels
     computing: threading.Semaphore
@@ -80,7 +82,7 @@ class Shared:
     stopping: threading.Event
 
     @classmethod
-    def of(cls, plan: Plan, stores: Stores) -> Shared:
+    def of(cls, plan: WorkPlan, stores: Stores) -> Shared:
         """For the workers that a plan wants in one process."""
         return cls(
             plan=plan,
@@ -108,10 +110,11 @@ class Worker:
         shared.kernels.device.pin(self._context.arena.memory)
         self._writer = writer
 
-    def run(self, task: Task, decided: Decided, *, attempt: int = 1) -> Done:
-        """Do a task."""
+    def run(self, task: Task, decided: Decided, plan: WorkPlan, *, attempt: int = 1) -> Done:
+        """Do a task of a plan, of which an excerpt is enough."""
         began = time.time()
         context = self._context
+        context.plan = plan
         context.seconds = Seconds()
         context.read_bytes = context.peak_bytes = 0
         if isinstance(task, MeasureTask):
@@ -197,7 +200,7 @@ def _rounded(sums: Sequence[npt.NDArray[np.float64]]) -> tuple[float, ...]:
     return exact.rounded()
 
 
-def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterator[list[Piece]]:
+def _together(plan: WorkPlan, pieces: Sequence[Piece], *, resident: bool) -> Iterator[list[Piece]]:
     """Consecutive pieces whose inputs fit into a worker's memory at once; larger ones alone."""
     group: list[Piece] = []
     room = 0
@@ -224,5 +227,5 @@ def _together(plan: Plan, pieces: Sequence[Piece], *, resident: bool) -> Iterato
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind, now."""
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    _, resident, shared, *_ = _MEMORY.read_bytes().split()
     return (int(resident) - int(shared)) * resource.getpagesize()

@@ -27,13 +27,16 @@ def prepare() -> None:
 
 
 def _obey(gates: Path) -> None:
+    from shardmerge.excerpt import WorkPlan
     from shardmerge.plan import Task
     from shardmerge.runs import Decided
     from shardmerge.work import Done, Worker
 
     real = Worker.run
 
-    def run(self: Worker, task: Task, decided: Decided, *, attempt: int = 1) -> Done:
+    def run(
+        self: Worker, task: Task, decided: Decided, plan: WorkPlan, *, attempt: int = 1
+    ) -> Done:
         import ray
 
         node = ray.get_runtime_context().get_node_id()
@@ -46,6 +49,6 @@ def _obey(gates: Path) -> None:
             part.rename(gates / f"held-{task.number}")
             while hold.exists():
                 time.sleep(0.01)
-        return real(self, task, decided, attempt=attempt)
+        return real(self, task, decided, plan, attempt=attempt)
 
     Worker.run = run  # type: ignore[method-assign]

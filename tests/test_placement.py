@@ -13,6 +13,7 @@ from shardmerge.executors.placement import (
     LATE_S,
     LATE_TIMES,
     MEASURED_UNITS,
+    SMALL_UNITS,
     UNIT_BYTES,
     UNIT_TASKS,
     WINDOW_BYTES,
@@ -95,8 +96,10 @@ def test_no_place_is_flooded(tasks, slots, whole_shards):
     nbytes_at: Counter[str] = Counter()
     while (found := made.take()) is not None:
         place, unit = found
-        if units[place.key] >= place.slots:
-            assert units[place.key] < 2 * place.slots
+        if units[place.key] >= 2 * place.slots:
+            assert units[place.key] < SMALL_UNITS * place.slots
+            assert nbytes_at[place.key] < place.slots * UNIT_BYTES
+        elif units[place.key] >= place.slots:
             assert nbytes_at[place.key] < place.slots * WINDOW_BYTES
         units[place.key] += 1
         nbytes_at[place.key] += unit.nbytes
@@ -144,7 +147,7 @@ def test_the_line_is_bounded_by_count_and_by_bytes():
         while made.has_room():
             made.add(task(count, nbytes), {}, None)
             count += 1
-        assert count == (2 * UNIT_TASKS if nbytes == 0 else 3)
+        assert count == (2 * SMALL_UNITS * UNIT_TASKS if nbytes == 0 else 3)
 
 
 def test_shards_of_a_node_that_is_gone_go_to_another():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 from shardmerge import layout, memory, plan
 from shardmerge.errors import MemoryBudgetError, RecipeError
-from shardmerge.match import Outputs, match
+from shardmerge.excerpt import excerpt
+from shardmerge.kernels.device import CPU, CUDA
+from shardmerge.match import Outputs, OutputTensor, match
 from shardmerge.memory import inputs_of
 from shardmerge.methods.api import Kind, Over, info_of, levels_of
 from shardmerge.numerics import DType
-from shardmerge.plan import MeasureTask, MergeTask, Plan, make_plan
+from shardmerge.plan import MeasureTask, MergeTask, Plan, make_plan, pieces_of
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.sources.tensor import Checkpoint, Segment, TensorRef
 from tests import support
@@ -364,3 +367,64 @@ def test_one_decision_for_different_parameters_is_refused():
     recipe = Recipe.parse(text)
     with pytest.raises(RecipeError, match="'density' must be the same"):
         planned(recipe, outputs_of(recipe, LLAMA), 4 * GIB)
+
+
+# --- what many tensors share, and what a worker is sent -------------------------------------------
+
+
+def sizes(tensor: OutputTensor, memory_bytes: int, device: str) -> tuple[int, ...]:
+    elements = memory.tile_elements(tensor, memory_bytes, device)
+    resident = memory.resident_bytes(tensor, device)
+    return elements, memory.tile_bytes(tensor, elements), resident
+
+
+@many
+@given(cases(), st.sampled_from([CPU, CUDA]))
+def test_tensors_that_are_alike_take_as_much(case, device):
+    _, outputs, memory_bytes, _ = case
+    tensors = outputs.tensors
+    for tensor, first in zip(tensors, memory.alike(tensors), strict=True):
+        assert len({sizes(alike, memory_bytes, device) for alike in (tensor, tensors[first])}) == 1
+
+
+def test_layers_are_alike():
+    specs = {f"layers.{i}.{n}": (DType.BF16, (8, n)) for i in range(50) for n in (4, 8)}
+    outputs = outputs_of(recipe_of(WAYS["ties"]), specs)
+    assert memory.alike(outputs.tensors) == [0, 1] * 50
+
+
+@small
+@many
+@given(cases(), st.data())
+def test_an_excerpt_answers_as_the_plan(case, data):
+    recipe, outputs, memory_bytes, cpus = case
+    made = planned(recipe, outputs, memory_bytes, cpus)
+    numbers = data.draw(st.sets(st.sampled_from([task.number for task in made.tasks])))
+    found = pickle.loads(pickle.dumps(excerpt(made, numbers)))
+    for name in ("seed", "device", "kernels", "readers", "worker_bytes"):
+        assert getattr(found, name) == getattr(made, name)
+    assert found.tasks == {number: made.tasks[number] for number in numbers}
+    for task in found.tasks.values():
+        if isinstance(task, MeasureTask):
+            assert found.scopes[task.scope].method == made.scopes[task.scope].method
+        else:
+            for part in task.parts:
+                if part.number == 0:
+                    assert found.shards[part.shard].header == made.shards[part.shard].header
+        for piece in pieces_of(task):
+            tensor = made.tensors[piece.tensor]
+            assert found.tensors[piece.tensor] == tensor
+            for step, over in levels_of(tensor.method).items() if tensor.method else ():
+                if over is not None:
+                    keys = {part.key(piece.tensor, step, over) for part in (made, found)}
+                    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("way", ["linear", "ties", "ties over the model"])
+def test_an_excerpt_does_not_grow_with_the_plan(way):
+    specs = {f"layers.{i}.weight": (DType.BF16, (4096, 4096)) for i in range(1000)}
+    recipe = recipe_of(WAYS[way])
+    made = planned(recipe, outputs_of(recipe, specs, shards=2), 4 * GIB)
+    for task in made.tasks[-20:]:
+        nbytes = len(pickle.dumps(excerpt(made, [task.number])))
+        assert nbytes <= 2048 * len({piece.tensor for piece in pieces_of(task)})

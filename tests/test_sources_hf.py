@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardmerge.errors import CheckpointError, HeaderError
 from shardmerge.header import write_header
 from shardmerge.numerics import DType
-from shardmerge.sources import open_checkpoint
+from shardmerge.sources import Twins, open_checkpoint
 from shardmerge.stores import Range, Stores
 
 FP8 = {
@@ -102,6 +102,33 @@ def test_a_sharded_checkpoint_in_the_order_of_its_bytes(tmp_path):
         assert tensor.shape == tuple(value.shape)
         assert stored(checkpoint, name) == value.flatten().view(torch.uint8).numpy().tobytes()
     assert set(checkpoint.versions) == {ONE, TWO, "model.safetensors.index.json", "config.json"}
+
+
+def test_twins_are_read_as_if_alone(tmp_path):
+    """The same headers with other elements, then other headers under the same index."""
+    for number, rows in enumerate((3, 3, 5)):
+        folder = tmp_path / f"m{number}"
+        folder.mkdir()
+        values = {"a": torch.full((rows, 4), float(number)), "b": torch.ones(2)}
+        save_sharded(folder, {ONE: values, TWO: {"c": torch.full((7,), float(number))}})
+    twins = Twins()
+    for folder in sorted(tmp_path.iterdir()):
+        alone, together = (open_checkpoint(str(folder), twins=t) for t in (None, twins))
+        assert together == alone
+        assert list(together.tensors) == list(alone.tensors)
+        assert stored(together, "c") == stored(alone, "c")
+
+
+def test_a_twin_of_a_good_checkpoint_may_be_cut_off(tmp_path):
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        save_sharded(tmp_path / name, {ONE: {"a": torch.ones(9)}, TWO: {"b": torch.ones(9)}})
+    with (tmp_path / "bad" / TWO).open("r+b") as file:
+        file.truncate((tmp_path / "good" / TWO).stat().st_size - 1)
+    twins = Twins()
+    open_checkpoint(str(tmp_path / "good"), twins=twins)
+    with pytest.raises(CheckpointError, match="cut off"):
+        open_checkpoint(str(tmp_path / "bad"), twins=twins)
 
 
 def test_a_header_beyond_the_first_read(tmp_path):

@@ -44,7 +44,7 @@ ORDER = [
     ["outputs"],
     ["memory", "assets"],
     ["plan"],
-    ["window"],
+    ["window", "excerpt"],
     ["runs"],
     ["whole"],
     ["work"],

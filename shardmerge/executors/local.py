@@ -22,6 +22,7 @@ class LocalExecutor:
         self._flying = 0
         self._tasks: queue.SimpleQueue[tuple[Task, Decided] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
+        self._plan = plan
         self._shared = Shared.of(plan, stores)
         self._threads = [
             threading.Thread(
@@ -40,7 +41,7 @@ class LocalExecutor:
             if self._shared.stopping.is_set():
                 continue
             try:
-                self._done.put(worker.run(*item))
+                self._done.put(worker.run(*item, self._plan))
             except (Stopping, Stopped):
                 continue
             except BaseException as problem:  # handed to the driver, which raises it

@@ -18,12 +18,14 @@ import numpy as np
 
 import shardmerge
 from shardmerge.errors import ShardmergeError, StoreError
+from shardmerge.excerpt import Excerpt, excerpt
 from shardmerge.executors.placement import Unit
 from shardmerge.kernels.device import CUDA
 from shardmerge.memory import inputs_of
 from shardmerge.outputs import open_output
 from shardmerge.outputs.api import STAGING, ShardWriter
-from shardmerge.plan import MergeTask, Plan
+from shardmerge.plan import Plan
+from shardmerge.sources.tensor import Segment
 from shardmerge.stores import Range, Stores
 from shardmerge.work import Done, Shared, Worker
 
@@ -37,15 +39,33 @@ class Job:
     """What every process that works for a run needs to know; it is sent once.
 
     Args:
-        run: a name that no other run has.
+        plan: without a task; those come with each unit.
+        out: where the checkpoint is published.
+        firsts: one byte of every file that is read.
+        matrices: whether some are seen as a whole.
         folder: that relative paths start from.
     """
 
-    run: str
-    plan: Plan
+    plan: Excerpt
+    out: str
+    firsts: tuple[Segment, ...]
     stores: Stores
     writer: ShardWriter
+    matrices: bool
     folder: str
+
+    @classmethod
+    def of(cls, plan: Plan, stores: Stores, writer: ShardWriter) -> Job:
+        """For all tasks of a plan, in this process's folder."""
+        return cls(
+            plan=excerpt(plan, ()),
+            out=plan.out,
+            firsts=_firsts(plan),
+            stores=stores,
+            writer=writer,
+            matrices=any(tensor.whole for tensor in plan.tensors),
+            folder=str(Path.cwd()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +90,8 @@ class Site:
         self._shared = Shared.of(job.plan, job.stores)
         self._own = threading.local()
 
-    def run(self, unit: Unit, attempt: int) -> list[Done | Failed]:
+    def run(self, unit: Unit, plan: Excerpt, attempt: int) -> list[Done | Failed]:
         """Do the tasks of a unit. What they wrote is durable when this returns."""
-        plan = self._job.plan
         ended: list[Done | Failed] = []
         shards: set[int] = set()
         lost: StoreError | None = None
@@ -82,13 +101,13 @@ class Site:
                 ended.append(Failed(number, lost))
                 continue
             try:
-                ended.append(self._worker().run(task, decided, attempt=attempt))
+                done = self._worker().run(task, decided, plan, attempt=attempt)
             except ShardmergeError as error:
                 ended.append(Failed(number, error))
                 lost = error if isinstance(error, StoreError) else None
             else:
-                if isinstance(task, MergeTask):
-                    shards |= {part.shard for part in task.parts}
+                ended.append(done)
+                shards |= {receipt.shard for receipt in done.receipts if receipt.nbytes}
         try:
             # Here: another machine cannot make durable what this one still has in its memory.
             self._job.writer.sync(shards)
@@ -143,7 +162,7 @@ def examine(job: Job, node: str) -> tuple[Mapping[str, str], Sequence[str]]:
 
 def _problems(job: Job, node: str) -> Iterator[str]:
     try:
-        open_output(job.plan.out, job.stores).write(mark_of(node), b"")
+        open_output(job.out, job.stores).write(mark_of(node), b"")
     except (ShardmergeError, OSError) as problem:
         yield f"does not reach OUT: {problem}"
 
@@ -154,22 +173,23 @@ def _problems(job: Job, node: str) -> Iterator[str]:
             yield f"cannot use CUDA: {missing}"
         from shardmerge.kernels.linalg import lacking as no_matrices
 
-        if any(tensor.whole for tensor in job.plan.tensors) and (missing := no_matrices()):
+        if job.matrices and (missing := no_matrices()):
             yield f"cannot decompose matrices on CUDA: {missing}"
 
-    def unread(ref: Range) -> str:
+    def unread(first: Segment) -> str:
+        byte = memoryview(bytearray(first.nbytes))
         try:
-            job.stores.read([ref])
+            job.stores.read([Range(first.url, first.offset, byte, first.version)])
         except ShardmergeError as problem:
             return f"cannot read a source: {problem}"
         return ""
 
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        yield from list(filter(None, pool.map(unread, _first_bytes(job.plan))))[:_TOLD]
+        yield from list(filter(None, pool.map(unread, job.firsts)))[:_TOLD]
 
 
-def _first_bytes(plan: Plan) -> list[Range]:
-    """One byte of every file that the plan reads."""
+def _firsts(plan: Plan) -> tuple[Segment, ...]:
+    """One byte of every file that a plan reads."""
     files = {
         (segment.url, segment.version): segment.offset
         for tensor in plan.tensors
@@ -177,7 +197,4 @@ def _first_bytes(plan: Plan) -> list[Range]:
         for segment in ref.segments
         if segment.nbytes
     }
-    return [
-        Range(url, offset, memoryview(bytearray(1)), version)
-        for (url, version), offset in files.items()
-    ]
+    return tuple(Segment(url, offset, 1, version) for (url, version), offset in files.items())

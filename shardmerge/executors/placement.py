@@ -24,6 +24,9 @@ UNIT_TASKS = 256
 """Tasks of a unit, at most."""
 WINDOW_BYTES = 2**30
 """Bytes for each slot of a place up to which units wait there beside those that run."""
+SMALL_UNITS = 8
+"""Units for each slot of a place, and in line for it, while all of them together are less than one
+should be. With two, Ray takes half as long again for each, as it keeps giving workers back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Place:
     slots: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: pickled three times as fast
 class Unit:
     """Tasks that are run one after another by one worker.
 
@@ -80,9 +83,9 @@ class _Load:
     @property
     def has_room(self) -> bool:
         slots = self.place.slots
-        if self.units < slots:
-            return True
-        return self.units < 2 * slots and self.nbytes < slots * WINDOW_BYTES
+        if self.units < 2 * slots:
+            return self.units < slots or self.nbytes < slots * WINDOW_BYTES
+        return self.units < SMALL_UNITS * slots and self.nbytes < slots * UNIT_BYTES
 
 
 def _given_per_slot(load: _Load) -> float:
@@ -128,8 +131,8 @@ class Placement:
         Tasks come shard by shard, so that a long line may be all of one node's.
         """
         slots = max(1, self.slots)
-        short = self._waiting_bytes < 2 * slots * UNIT_BYTES and self._waiting < slots * UNIT_TASKS
-        return short or self._is_starving()
+        few = self._waiting < SMALL_UNITS * slots * UNIT_TASKS
+        return (few and self._waiting_bytes < 2 * slots * UNIT_BYTES) or self._is_starving()
 
     def add(self, task: Task, decided: Decided, shard: int | None) -> None:
         """Put a task in line.

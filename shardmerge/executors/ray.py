@@ -1,8 +1,8 @@
 """Tasks on a Ray cluster.
 
-Workers get the plan once, then numbers of tasks; they read sources and write parts themselves, and
-give back receipts. No tensor passes through Ray. CPU workers are Ray tasks; a GPU belongs to one
-actor, because a context and pinned buffers take seconds to make.
+Workers get tasks, and of the plan what these need; they read sources and write parts themselves,
+and give back receipts. No tensor passes through Ray. CPU workers are Ray tasks; a GPU belongs to
+one actor, because a context and pinned buffers take seconds to make.
 
 Ray itself repeats nothing (``max_retries=0``): which attempt runs where is decided here, so that a
 unit that kills its workers is told by name after a few, and a second attempt avoids the node of the
@@ -15,10 +15,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -32,14 +31,15 @@ from ray.exceptions import (
 )
 
 from shardmerge.errors import ClusterError, UsageError
+from shardmerge.excerpt import excerpt
 from shardmerge.executors.node import Failed, Job
 from shardmerge.executors.placement import Need, Pace, Place, Placement, Unit
-from shardmerge.executors.ray_cluster import Nodes, connect, pinned
-from shardmerge.executors.ray_worker import HolderActor, WatchActor, run_unit
+from shardmerge.executors.ray_cluster import EXAMINE_S, Nodes, connect, pinned
+from shardmerge.executors.ray_worker import TELL_S, Call, HolderActor, WatchActor, run_unit
 from shardmerge.kernels.device import CUDA
 from shardmerge.memory import LOCAL_WORKERS, REMOTE_WORKERS, inputs_of
 from shardmerge.outputs.api import Output, ShardWriter
-from shardmerge.plan import MeasureTask, Plan, Task
+from shardmerge.plan import MeasureTask, Plan, Task, pieces_of
 from shardmerge.progress import counted
 from shardmerge.runs import Decided
 from shardmerge.stores import Stores
@@ -52,6 +52,8 @@ ATTEMPTS = 4
 """Times that a unit is begun before it is held to be what kills its workers."""
 DRAIN_S = 60.0
 """Seconds that units which run are given to end when the run is stopped."""
+LEARN_S = 10.0
+"""Seconds that workers are given, then, to tell what they run."""
 QUIET_S = 60.0
 """Seconds without a unit that ends after which the user is told what is going on."""
 _CARE_S = 1.0
@@ -113,16 +115,19 @@ class RayExecutor:
         self._attempts: dict[Any, _Attempt] = {}
         self._ended: deque[Done | BaseException] = deque()
         self._holders: dict[str, Any] = {}
+        self._runners: dict[str, Any] = {}
         self._ages: dict[tuple[int, int], float] = {}
         self._asked: Any = None
         self._over: list[tuple[int, int]] = []
         self._stopped = False
         self._cared = self._moved = time.monotonic()
         try:
-            self._job = [ray.put(Job(self._run, plan, stores, writer, str(Path.cwd())))]
-            self._watch = WatchActor.remote()
+            self._job = [ray.put(Job.of(plan, stores, writer))]
+            self._watch = WatchActor.options(name=self._run).remote()
+            self._asked = self._watch.ages.remote(self._over)
             self._nodes = Nodes(self._need, self._job, output)
             self._nodes.examine_all()
+            ray.wait([self._asked], timeout=EXAMINE_S)  # it has started: from now on it hears all
             self._set_places()
         except BaseException:
             self._leave()
@@ -170,9 +175,9 @@ class RayExecutor:
         """Let units that have begun end, for a while; the others are not begun."""
         self._nodes.forget()
         with contextlib.suppress(RayError):
-            self._ages = ray.get(self._watch.ages.remote(self._over), timeout=5)
+            self._learn()
         for ref, attempt in list(self._attempts.items()):
-            if (attempt.unit.number, attempt.number) not in self._ages:
+            if not self._has_begun(attempt):
                 self._cancel(ref, attempt, force=False)
         until = time.monotonic() + DRAIN_S
         while self._attempts and time.monotonic() < until:
@@ -181,6 +186,20 @@ class RayExecutor:
             self._cancel(ref, attempt, force=True)
         if self._attempts:
             ray.wait(list(self._attempts), num_returns=len(self._attempts), timeout=10)
+
+    def _learn(self) -> None:
+        """Wait until workers have told what they run, for a while: some may not have started."""
+        until = time.monotonic() + LEARN_S
+        while self._attempts and time.monotonic() < until:
+            self._wait(TELL_S)
+            self._ages = ray.get(self._watch.ages.remote(self._over), timeout=LEARN_S)
+            given = Counter(attempt.place for attempt in self._attempts.values())
+            running = sum(min(count, place.slots) for place, count in given.items())
+            if sum(map(self._has_begun, self._attempts.values())) >= running:
+                return
+
+    def _has_begun(self, attempt: _Attempt) -> bool:
+        return (attempt.unit.number, attempt.number) in self._ages
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -245,18 +264,23 @@ class RayExecutor:
     def _send(self, place: Place, unit: Unit) -> None:
         flight = self._flights[unit.number]
         flight.tried += 1
-        given = (self._run, self._job, self._watch, unit, flight.tried)
+        part = excerpt(self._plan, [number for number, _ in unit.tasks])
+        ref = self._runner(place).remote(Call(self._run, self._job, unit, part, flight.tried))
+        flight.running[flight.tried] = ref
+        self._attempts[ref] = _Attempt(unit, flight.tried, place)
+
+    def _runner(self, place: Place) -> Any:
+        """What runs a unit there."""
         if place.key in self._holders:
-            ref = self._holders[place.key].run.remote(*given)
-        else:
-            ref = run_unit.options(
-                name=f"shardmerge unit {unit.number}",
+            return self._holders[place.key].run
+        if place.node not in self._runners:  # a tenth of a millisecond to make
+            self._runners[place.node] = run_unit.options(
+                name="shardmerge unit",
                 num_cpus=self._need.cpus,
                 memory=self._need.memory_bytes,
                 scheduling_strategy=pinned(place.node),
-            ).remote(*given)
-        flight.running[flight.tried] = ref
-        self._attempts[ref] = _Attempt(unit, flight.tried, place)
+            )
+        return self._runners[place.node]
 
     # --- what comes back ------------------------------------------------------------------------
 
@@ -359,11 +383,7 @@ class RayExecutor:
         )
 
     def _name(self, unit: Unit) -> str:
-        task = self._plan.tasks[unit.tasks[0][0]]
-        if isinstance(task, MeasureTask):
-            pieces = task.pieces
-        else:
-            pieces = tuple(piece for part in task.parts for piece in part.pieces)
+        pieces = pieces_of(self._plan.tasks[unit.tasks[0][0]])
         what = self._plan.tensors[pieces[0].tensor].name if pieces else "a header"
         others = f" and {counted(len(unit.tasks) - 1, 'other task')}" if unit.tasks[1:] else ""
         return f"the unit of {what}{others}"
@@ -427,7 +447,7 @@ class RayExecutor:
         begun = [
             f"  {self._name(attempt.unit)} on {self._nodes.name(attempt.place.node)}"
             for attempt in self._attempts.values()
-            if (attempt.unit.number, attempt.number) in self._ages
+            if self._has_begun(attempt)
         ]
         lines = [f"no task has ended for {QUIET_S:.0f} s; {counted(len(begun), 'unit')} running"]
         lines += begun[:5]

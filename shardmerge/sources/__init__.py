@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from shardmerge.errors import CheckpointError, StoreError
 from shardmerge.header import is_plain_name
-from shardmerge.sources.hf import open_hf
+from shardmerge.sources.hf import Twins, open_hf
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.stores import Stores, is_remote
 from shardmerge.stores.api import Store, scheme_of
@@ -15,13 +15,16 @@ from shardmerge.stores.api import Store, scheme_of
 if TYPE_CHECKING:
     from shardmerge.stores.hub import HubStore
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "Twins", "open_checkpoint"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
 
 
 def open_checkpoint(
-    url: str, revision: str | None = None, stores: Stores | None = None
+    url: str,
+    revision: str | None = None,
+    stores: Stores | None = None,
+    twins: Twins | None = None,
 ) -> Checkpoint:
     """The checkpoint at ``url``, a folder or a ``.safetensors`` file; only headers are read.
 
@@ -30,6 +33,7 @@ def open_checkpoint(
     Args:
         revision: a commit, tag or branch of a model of the Hub, or of a folder of its cache
             (``models--org--name``).
+        twins: shared by checkpoints of one family, which takes less time and memory.
 
     Raises:
         CheckpointError: for what is not there, is damaged or of another kind; for a revision of a
@@ -42,15 +46,15 @@ def open_checkpoint(
     url = stores.public(url)
     if _may_name_hub_model(url, stores):
         try:
-            return _open_hub(f"hf://{url}", revision, stores, sure=False)
+            return _open_hub(f"hf://{url}", revision, stores, twins, sure=False)
         except StoreError as problem:
             raise CheckpointError(
                 f"{url}: no such folder or file here; taken as a model of the Hub: {problem}"
             ) from None
     store = stores.open(url)
     if scheme_of(url) == "hf":
-        return _open_hub(url, revision, stores, sure=True)
-    return open_hf(url if revision is None else _snapshot(store, url, revision), store)
+        return _open_hub(url, revision, stores, twins, sure=True)
+    return open_hf(url if revision is None else _snapshot(store, url, revision), store, twins)
 
 
 def _may_name_hub_model(url: str, stores: Stores) -> bool:
@@ -61,16 +65,18 @@ def _may_name_hub_model(url: str, stores: Stores) -> bool:
     return not here.is_folder(folder) and here.stat(url) is None
 
 
-def _open_hub(url: str, revision: str | None, stores: Stores, *, sure: bool) -> Checkpoint:
+def _open_hub(
+    url: str, revision: str | None, stores: Stores, twins: Twins | None, *, sure: bool
+) -> Checkpoint:
     hub = cast("HubStore", stores.open(url))
     cached = hub.cached(url, revision)
     if cached is not None:
         try:
-            return open_hf(cached, stores.open(cached))
+            return open_hf(cached, stores.open(cached), twins)
         except CheckpointError:
             if hub.offline:
                 raise
-    return open_hf(hub.pinned(url, revision, sure=sure), hub)
+    return open_hf(hub.pinned(url, revision, sure=sure), hub, twins)
 
 
 def _snapshot(store: Store, url: str, revision: str) -> str:
