@@ -8,12 +8,14 @@ files, in the order of the data:
     recipe      WHAT: YAML to a frozen Recipe, and the method of each tensor (recipe_*: its grammar)
     header      the safetensors format; the only file that knows it
     sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
-    match       which input tensors make each output tensor (parts, layers, mismatch: its steps)
+    match       which input tensors make each output tensor (parts, layers, mismatch: its steps;
+                matrices: what a tensor holds for methods that see matrices as a whole)
     layout      where every element of the output goes: shards, headers, parts
     plan        HOW: tasks, what each reads, keeps in memory and writes (memory: the sizes)
     excerpt     what a worker needs of a plan for its tasks
     execute     RUN: which task next, what is durable, when to stop
-    work        one task: read a tile, run a kernel, write a tile (window, decode, summaries)
+    work        one task: read a tile, run a kernel, write a tile (runs: the passes of a tensor,
+                whole: of one that is seen by matrices; window, decode, summaries)
     records     what became of each task: where, when, how long, how much memory
     ledger      which parts are written and what was decided
     outputs     TO: places that a checkpoint is published at: parts, journal, lock, names
@@ -24,9 +26,12 @@ files, in the order of the data:
     stores      places that bytes are read from: ranges, checked and repeated
     executors   places to run tasks: threads here, a Ray cluster (placement, node: its decisions)
     slices      the same merge as an array of jobs that never talk to each other
+    kept        sums of task vectors that are kept, and the models that are made of them
+    continual   models that arrive one at a time (state: what is in it)
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
-    verify, diff, report, describe, progress, cli: looking at checkpoints, and the command line
+    verify, diff, report, describe, progress, arguments, cli: looking at checkpoints, and the
+                command line
 """
 
 __version__ = "0.1.0"
