@@ -52,6 +52,8 @@ bench: servers ## every figure of README; takes about an hour, mostly mergekit's
 	$(BIN)/python -m benchmarks.bench_memory
 	$(BIN)/python -m benchmarks.bench_peers
 	$(BIN)/python -m benchmarks.bench_cluster
+	$(BIN)/python -m benchmarks.bench_opcm
+	$(BIN)/python -m benchmarks.bench_continual
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) .venvs .demo .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
 from benchmarks.families import Llama
 from benchmarks.harness import Report, installed
 from shardmerge.kernels.projection import RANK, TIE, project, workspace_bytes
+from shardmerge.merge import merge
+from shardmerge.recipe import Recipe
 
 log = logging.getLogger("benchmarks")
 
@@ -35,7 +41,30 @@ LLAMA_70B = Llama(
 )  # fmt: skip
 ALPHAS = (0.0, 0.5, 0.9, 0.99)
 SIZES = ("256x256", "512x512", "512x1408", "1024x1024", "1024x2816", "2816x1024", "2048x2048")
-PARTS = ("accuracy", "speed", "project")
+PARTS = ("growth", "accuracy", "speed", "project")
+GOLDENS = Path(__file__).parent.parent / "tests" / "golden" / "papers"
+
+
+# --- whole merges -------------------------------------------------------------------------------
+
+
+def growth(report: Report) -> None:
+    """How far merges of more and more models are from the reference's in float64."""
+    rows = []
+    for step in range(4):
+        models = [{"model": str(GOLDENS / f"task{k}.safetensors")} for k in range(step + 1)]
+        recipe = {
+            "merge_method": "opcm", "base_model": str(GOLDENS / "base.safetensors"),
+            "models": models, "parameters": {"alpha": 0.5}, "dtype": "float32",
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            merge(Recipe.parse(json.dumps(recipe)), f"{folder}/out", threads=1)
+            found = load_file(f"{folder}/out/model.safetensors")
+        expected = load_file(GOLDENS / f"opcm_a05_step{step}.safetensors")
+        error = max(float(np.abs(found[name] - value).max()) for name, value in expected.items())
+        report.line("growth", models=step + 1, error=error)
+        rows.append([step + 1, f"{error:.1e}"])
+    report.table(["models", "largest absolute error"], rows)
 
 
 # --- matrices -----------------------------------------------------------------------------------
@@ -291,13 +320,15 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         report.line("skipped", why=f"torch {torch.__version__} finds no CUDA device")
         return
+    if args.only in (None, "growth"):
+        growth(report)
     sizes = [(int(rows), int(columns)) for rows, columns in (s.split("x") for s in args.sizes)]
     torch.set_num_threads(args.threads)
     with threadpool_limits(args.threads):
         if args.only in (None, "accuracy"):
             small = [size for size in sizes if max(size) <= 1408] or sizes
             accuracy(report, args.device, small, args.seed)
-        if args.only != "accuracy":
+        if args.only not in ("accuracy", "growth"):
             found = speed(report, args.device, sizes, max(1, args.runs), args.seed)
             if args.only != "speed":
                 model(report, found)

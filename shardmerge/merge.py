@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import llvmlite
+import numpy as np
 import yaml
 
 from shardmerge import __version__, assets, executors
@@ -40,7 +41,7 @@ from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
-from shardmerge.records import TASKS, to_parquet
+from shardmerge.records import TASKS, TaskRecord, from_parquet, to_parquet
 from shardmerge.sources import Twins, open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
@@ -329,7 +330,7 @@ class Planner:
             memory_bytes=self.where.memory_bytes,
             cpus=cpus,
             workers=workers,
-            identity=_identity(recipe, sources, device, step),
+            identity=_identity(recipe, sources, outputs, device, step),
             device=device,
             part_bytes=output.part_bytes,
             buffers_parts=output.buffers_parts,
@@ -396,7 +397,9 @@ def available_cpus() -> int:
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def _identity(recipe: Recipe, sources: Sources, device: str, step: str) -> dict[str, str]:
+def _identity(
+    recipe: Recipe, sources: Sources, outputs: Outputs, device: str, step: str
+) -> dict[str, str]:
     """What the bytes of the output depend on. Permissions and resources are not among it."""
     settings = read_yaml(recipe.text, "recipe").value
     assert isinstance(settings, dict)
@@ -410,6 +413,8 @@ def _identity(recipe: Recipe, sources: Sources, device: str, step: str) -> dict[
     }
     if step:
         identity["step"] = step
+    if any(tensor.whole for tensor in outputs.tensors):
+        identity["linear algebra"] = f"numpy {np.__version__}"  # another may round another way
     for name, checkpoint in sources.items():
         lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
         identity[f"source {assets.public_text(str(name))}"] = "\n".join(lines)
@@ -495,5 +500,14 @@ def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
         notes=(*plan.recipe.notes, *plan.outputs.notes),
         sums=total_of(ledger.receipts.values()),
     )
-    files[TASKS] = to_parquet(ledger.tasks)  # after the provenance: it differs with every run
+    # After the provenance: it differs with every run.
+    files[TASKS] = to_parquet([*_first_tasks(ready), *ledger.tasks])
     return files
+
+
+def _first_tasks(ready: Prepared) -> list[TaskRecord]:
+    """What became of the tasks of the plan that was published first."""
+    if ready.first is None:
+        return []
+    rows = from_parquet(ready.first.output.read(TASKS))
+    return [replace(row, step="sum") if row.step == "merge" else row for row in rows]

@@ -25,7 +25,7 @@ class TaskRecord:
 
     Args:
         task: its number in the plan.
-        step: name of the measuring pass, or ``merge``.
+        step: name of the measuring pass, or ``merge``; ``sum``: of a sum that was made first.
         tensor: the first that it works on.
         tensors: how many there are.
         shard: that it writes to; empty for a measure.

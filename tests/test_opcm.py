@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from benchmarks import harness
 from shardmerge import layout
 from shardmerge.cli import main
 from shardmerge.errors import MemoryBudgetError, PlanError, RecipeError
@@ -24,6 +26,8 @@ from shardmerge.methods.opcm import Opcm, Projected, cleaned
 from shardmerge.numerics import DType
 from shardmerge.plan import MergeTask
 from shardmerge.recipe import Recipe, Split
+from shardmerge.report import read_records
+from shardmerge.stores import Stores
 from tests import support
 from tests.support import write_checkpoint, write_recipe
 
@@ -338,3 +342,17 @@ def test_the_plan_tells_what_is_kept_and_projected(tmp_path, family, capsys):
     assert "*embed*" in facts["projected"]["not"]
     ready = prepare(path, "OUT", Where())
     assert adding(ready.first.plan.outputs) == AUTO
+
+
+def test_memory_stays_within_the_promise(tmp_path):
+    """Of a process of its own, with the smallest budget that is not refused."""
+    shapes = {f"model.layers.{i}.up_proj.weight": (DType.BF16, (1100, 2600)) for i in range(3)}
+    family = [write_checkpoint(tmp_path / f"m{seed}", shapes, seed=seed) for seed in range(3)]
+    path = write_recipe(tmp_path / "r.yml", recipe_of(family[0], family[1:]))
+    budget = support.least_memory(path)
+    command = [sys.executable, "-m", "shardmerge", "merge", path, str(tmp_path / "out")]
+    found = harness.run([*command, "--memory", f"{budget}B", "--device", "cpu", "--quiet"])
+    assert found.peak_anon_bytes <= budget
+    rows = read_records(str(tmp_path / "out"), Stores())
+    assert {row.step for row in rows} == {"sum", "merge"}
+    assert max(row.peak_bytes for row in rows) <= rows[0].promised_bytes <= budget
