@@ -26,12 +26,13 @@ venv: $(STAMPS)-base ## .venv/bin/shardmerge, without torch
 demo: $(STAMPS)-demo ## fine-tune, merge and score a real encoder (a few minutes)
 	$(BIN)/python -m benchmarks.demo
 
-# Swift comes from PyPI, Ceph and Slurm from Debian: without apt (and root, for Slurm) their tests
-# are skipped, and say so.
+# Swift and DeepSpeed come from PyPI, Ceph and Slurm from Debian: without apt (and root, for Slurm)
+# or a C++ compiler (for DeepSpeed) their tests are skipped, and say so.
 servers: $(STAMPS)-test ## the real servers that tests start
 	@$(BIN)/python -m tests.servers.swift --install
 	@$(BIN)/python -m tests.servers.rgw --install || true
 	@$(BIN)/python -m tests.servers.slurm --install || true
+	@$(BIN)/python -m tests.servers.deepspeed --install || true
 
 test: servers ## all tests
 	$(BIN)/python -m pytest -rs
@@ -56,4 +57,4 @@ bench: servers ## every figure of README; takes about an hour, mostly mergekit's
 	$(BIN)/python -m benchmarks.bench_continual
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) .venvs .demo .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs .demo .bench .quality build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

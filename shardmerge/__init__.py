@@ -8,6 +8,7 @@ files, in the order of the data:
     recipe      WHAT: YAML to a frozen Recipe, and the method of each tensor (recipe_*: its grammar)
     header      the safetensors format; the only file that knows it
     sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
+                (hf, torch_bin, zero, dcp; pickles, zips, torch_file: torch's format, nothing run)
     match       which input tensors make each output tensor (parts, layers, mismatch: its steps;
                 matrices: what a tensor holds for methods that see matrices as a whole)
     layout      where every element of the output goes: shards, headers, parts

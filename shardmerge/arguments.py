@@ -147,7 +147,7 @@ def _add_looking(commands: _Commands[argparse.ArgumentParser]) -> None:
 
     inspect = commands.add_parser("inspect", help="list tensors, dtypes, shapes, sizes")
     inspect.set_defaults(command="inspect")
-    inspect.add_argument("checkpoint", help="folder or .safetensors file")
+    inspect.add_argument("checkpoint", help="folder or file")
     _places(inspect)
     inspect.add_argument("--json", action="store_true", help="as JSON lines")
 

@@ -335,8 +335,10 @@ def _filters(recipe: Recipe) -> tuple[str, ...]:
 def _shards(
     tensors: Mapping[str, OutputTensor], donor: Checkpoint, *, layered: bool
 ) -> Iterator[int]:
-    """The donor's shard of each tensor, its last for those it lacks; by size for new layers."""
-    if layered:
+    """The donor's shard of each tensor, its last for those it lacks; by size for new layers, and
+    where the donor's files hold pieces of tensors.
+    """
+    if layered or donor.cut:
         yield from _shards_by_size(list(tensors.values()), donor)
         return
     last = len(donor.shards) - 1
@@ -349,7 +351,7 @@ def _shards_by_size(tensors: Sequence[OutputTensor], donor: Checkpoint) -> Itera
     sizes = [0] * len(donor.shards)
     for name, ref in donor.tensors.items():
         sizes[donor.shard_of[name]] += ref.nbytes
-    limit = max(SHARD_BYTES, *sizes)
+    limit = SHARD_BYTES if donor.cut else max(SHARD_BYTES, *sizes)
     shard = filled = 0
     for tensor in tensors:
         nbytes = tensor.models[0].numel * tensor.dtype.itemsize

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from shardmerge.errors import CheckpointError, ShardmergeError, StoreError
 from shardmerge.header import Header, is_plain_name, parse_index
-from shardmerge.sources.hf import INDEX, SAFETENSORS, SINGLE, few, read_header
+from shardmerge.sources.folder import INDEX, SAFETENSORS, SINGLE, few
+from shardmerge.sources.hf import read_header
 from shardmerge.stores import Range, Store, Stores
 
 RECORD = "shardmerge.json"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from shardmerge.kernels import cuda_driver
+from tests.servers import deepspeed
 from tests.servers.api import S3Server
 from tests.servers.rgw import Rgw
 from tests.servers.slurm import Slurm
@@ -62,6 +64,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     must_have("slurm", Slurm.missing())
     with Slurm.start(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def zero_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of DeepSpeed, trained once; tests copy what they change."""
+    must_have("deepspeed", deepspeed.missing())
+    folder = tmp_path_factory.mktemp("deepspeed")
+    deepspeed.train(folder, deepspeed.CASES)
+    return folder
 
 
 @pytest.fixture

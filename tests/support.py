@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from botocore.session import Session
 
 from shardmerge import arrays, execute, layout, memory, plan, runs, work
 from shardmerge.header import parse_header, write_header, write_index
@@ -30,6 +31,9 @@ from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.plan import Plan
 from shardmerge.progress import Quiet
 from shardmerge.records import TASKS, TaskRecord
+from shardmerge.sources import Checkpoint
+from shardmerge.sources.tensor import reads
+from shardmerge.stores import Stores
 
 if TYPE_CHECKING:
     import pytest
@@ -170,6 +174,27 @@ def read_tensors(folder: Path) -> dict[str, tuple[DType, tuple[int, ...], bytes]
             content = data[tensor.offset : tensor.offset + tensor.nbytes]
             found[name] = (tensor.dtype, tensor.shape, content)
     return found
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The elements of every tensor, in whatever pieces it lies, as they are stored."""
+    data = {name: bytearray(tensor.nbytes) for name, tensor in checkpoint.tensors.items()}
+    Stores().read(
+        item
+        for name, tensor in checkpoint.tensors.items()
+        for item in reads(tensor, 0, tensor.numel, memoryview(data[name]))
+    )
+    return {name: bytes(found) for name, found in data.items()}
+
+
+def upload(bucket: str, folder: Path, prefix: str) -> str:
+    """The URL of a copy of a folder in a bucket that the environment leads to."""
+    client = Session().create_client("s3")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            key = f"{prefix}/{path.relative_to(folder)}"
+            client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=path.read_bytes())
+    return f"{bucket}/{prefix}"
 
 
 def set_element(folder: Path, name: str, index: int, value: float) -> None:

@@ -357,11 +357,14 @@ def only(*names: str) -> Change:
 @pytest.mark.parametrize(
     ("names", "fragments"),
     [
-        (("pytorch_model.bin", "config.json"), ("pytorch_model.bin", "save_pretrained")),
-        (("pytorch_model-00001-of-00002.bin",), ("torch.save", "save_pretrained")),
+        (("pytorch_model.bin", "config.json"), ("pytorch_model.bin", "Copy or download it again")),
+        (("pytorch_model-00001-of-00002.bin",), ("torch.save", "pytorch_model.bin.index.json")),
+        (("weights.pth",), ("weights.pth", "Give the path of that file")),
         (("adapter_config.json", "adapter_model.safetensors"), ("LoRA", "merge_and_unload")),
         (("model.gguf",), ("GGUF",)),
-        (("global_step7/mp_rank_00.pt", "latest"), ("DeepSpeed", "zero_to_fp32")),
+        (("global_step7/mp_rank_00.pt", "latest"), ("latest names the step 'x'", "global_step7")),
+        (("global_step7/mp_rank_00.pt",), ("model states of rank 0 are missing", "Copy them")),
+        (("__0_0.distcp",), ("no .metadata", "Copy it too")),
         (("config.json",), ("no checkpoint in this folder", "model.safetensors")),
         (("snapshots/0123/config.json",), ("Hugging Face cache", "snapshots")),
     ],
@@ -370,7 +373,9 @@ def test_a_folder_of_another_kind(
     capsys: Capture, names: tuple[str, ...], fragments: tuple[str, ...]
 ) -> None:
     only(*names)()
-    in_order(models_refused(capsys, "CheckpointError"), "a: ", *fragments)
+    said = models_refused(capsys, "CheckpointError")
+    assert re.match(r"CheckpointError: (/.*/)?a(/\S+)?: ", said), said
+    in_order(said, *fragments)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from shardmerge.errors import CheckpointError, LedgerMismatchError, Stopped, StoreError
 from shardmerge.merge import merge
@@ -61,7 +63,10 @@ def hub(models, tmp_path, monkeypatch) -> Iterator[Hub]:
         "org/a": {"main": models["a"], "v2": models["newer"]},
         "org/b": {"main": models["b"]},
         "org/inner": {"main": models["base"].parent},
+        "org/bin": {"main": tmp_path / "bin"},
     }
+    (tmp_path / "bin").mkdir()
+    torch.save(load_file(models["base"] / SINGLE), tmp_path / "bin" / "pytorch_model.bin")
     with Hub(served, token=TOKEN) as hub:
         resolve = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -141,6 +146,10 @@ def test_a_folder_of_a_model(hub, models):
     assert tensors("hf://org/inner/a", "main") == expected
     assert tensors(f"hf://org/inner/base/{SINGLE}") == tensors(str(models["base"]))
     assert "no such folder" in refusal("hf://org/inner/c")
+
+
+def test_weights_of_torch_save(hub, models):
+    assert tensors("hf://org/bin") == tensors(str(models["base"]))
 
 
 def test_the_commit_is_pinned_when_the_plan_is_made(hub, models, tmp_path):

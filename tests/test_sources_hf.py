@@ -298,14 +298,16 @@ def test_a_path_that_does_not_exist(tmp_path, monkeypatch):
         (["notes.md"], "no checkpoint in this folder. It holds notes.md"),
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter"),
         (["adapter_config.json", "adapter_model.bin"], "a LoRA adapter"),
-        (["pytorch_model.bin", "config.json"], "as torch.save writes them"),
-        (["pytorch_model.bin.index.json"], "as torch.save writes them"),
-        (["consolidated.00.pth"], "as torch.save writes them"),
+        (["pytorch_model.bin", "config.json"], "do not begin as torch's files do"),
+        (["pytorch_model.bin.index.json"], "pytorch_model.bin.index.json is not JSON"),
+        (["pytorch_model-00001-of-00002.bin"], "shards of torch.save without an index"),
+        (["consolidated.00.pth"], "not under the name pytorch_model.bin"),
         (["training_args.bin"], "no checkpoint in this folder"),
         (["model-Q4_K_M.gguf"], "a GGUF file"),
         (["tf_model.h5"], "TensorFlow"),
-        (["latest", "zero_to_fp32.py", "global_step5/x.pt"], "a DeepSpeed checkpoint"),
-        (["__0_0.distcp"], "a torch.distributed checkpoint"),
+        (["latest", "zero_to_fp32.py", "global_step5/x.pt"], "latest names the step ''"),
+        (["global_step5/x.pt"], "global_step5: the model states of rank 0 are missing"),
+        (["__0_0.distcp"], "no .metadata, which says where the tensors lie"),
         (["consolidated.safetensors"], "Give the path of that file"),
         (["model_index.json", "unet/config.json"], "a diffusers pipeline"),
         (["a.safetensors", "b.safetensors"], "2 .safetensors files (a.safetensors, b.safetensors)"),
@@ -321,7 +323,9 @@ def test_a_folder_without_a_readable_checkpoint_says_what_it_holds(tmp_path, nam
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "neither a folder nor a .safetensors file" in refusal(tmp_path / "model.gguf")
+    assert "neither a folder nor a .safetensors file, nor one of torch.save" in refusal(
+        tmp_path / "model.gguf"
+    )
 
 
 def test_damaged_files_are_named(tmp_path):

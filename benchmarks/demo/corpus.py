@@ -10,7 +10,7 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,17 @@ def read_standard_library(*, every: int = 1) -> list[Snippet]:
     Args:
         every: Read one file of so many, to be quicker.
     """
-    root = Path(sysconfig.get_path("stdlib"))
     snippets: dict[Snippet, None] = {}  # an ordered set: many names and lines occur again and again
+    for source, tree, package in standard_modules(every=every):
+        lines = source.splitlines()
+        found = (*_from_tree(tree, lines), *_comments(lines))
+        snippets.update(dict.fromkeys(snippets_of(found, package)))
+    return list(snippets)
+
+
+def standard_modules(*, every: int = 1) -> Iterator[tuple[str, ast.Module, str]]:
+    """Yield source, syntax tree and top-level module of each file of the standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
     for path in [path for path in paths if _is_used(path)][::every]:
         try:
@@ -73,9 +82,7 @@ def read_standard_library(*, every: int = 1) -> list[Snippet]:
             tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             continue  # a file that cannot be read is not worth stopping a demonstration
-        package = path.with_suffix("").parts[0]
-        snippets.update(dict.fromkeys(_snippets_of(source, tree, package)))
-    return list(snippets)
+        yield source, tree, path.with_suffix("").parts[0]
 
 
 def _is_used(path: Path) -> bool:
@@ -84,9 +91,9 @@ def _is_used(path: Path) -> bool:
     return not (skipped.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")))
 
 
-def _snippets_of(source: str, tree: ast.Module, package: str) -> Iterator[Snippet]:
-    lines = source.splitlines()
-    for kind, label, text in (*_from_tree(tree, lines), *_comments(lines)):
+def snippets_of(found: Iterable[tuple[str, str, str]], package: str) -> Iterator[Snippet]:
+    """Yield a snippet, on one line, for each kind, label and text that is not empty."""
+    for kind, label, text in found:
         line = " ".join(text.split())[:_MAX_CHARACTERS]
         if line:
             yield Snippet(text=line, kind=kind, label=label, package=package)

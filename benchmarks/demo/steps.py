@@ -43,7 +43,7 @@ class Demo:
 
     def _prepare(self) -> None:
         started = time.perf_counter()
-        _say("reading the standard library")
+        say("reading the standard library")
         train_size = self.settings.steps * self.settings.batch_size
         if self.quick:
             self.tasks = build_tasks(train_size=train_size, test_size=40, every=3)[:2]
@@ -56,7 +56,7 @@ class Demo:
 
     def _fine_tune(self, task: Task) -> None:
         def progress(done: int) -> None:
-            _say(f"fine-tuning on {task.name}: {done}/{self.settings.steps}", passing=True)
+            say(f"fine-tuning on {task.name}: {done}/{self.settings.steps}", passing=True)
 
         started = time.perf_counter()
         trained = fine_tune(
@@ -65,12 +65,12 @@ class Demo:
         folder = checkpoint(self.work, task.name)
         if trained:
             self._took("fine-tune", started)
-        _say(f"fine-tuning on {task.name}: {'done' if trained else 'reused from ' + str(folder)}")
+        say(f"fine-tuning on {task.name}: {'done' if trained else 'reused from ' + str(folder)}")
         note = f"{len(task.train)} texts, {len(task.classes)} classes"
         self._measure(Encoder(folder), task.name, "fine-tune", note)
 
     def _merge(self, merge: Merge) -> None:
-        _say(f"merging: {merge.name}")
+        say(f"merging: {merge.name}")
         started = time.perf_counter()
         out = self.work / "merged" / merge.name
         try:
@@ -84,7 +84,7 @@ class Demo:
 
     def _measure(self, encoder: Encoder, model: str, kind: str, note: str) -> None:
         started = time.perf_counter()
-        _say(f"measuring {model}", passing=True)
+        say(f"measuring {model}", passing=True)
         accuracies = {t.name: accuracy(encoder, t, self.heads[t.name]) for t in self.tasks}
         self.rows.append(Row(model, kind, accuracies, note))
         self._took("measure", started)
@@ -93,7 +93,7 @@ class Demo:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
 
-def _say(text: str, *, passing: bool = False) -> None:
+def say(text: str, *, passing: bool = False) -> None:
     """Report progress on stderr; a ``passing`` line is shown on a terminal only and overwritten."""
     terminal = sys.stderr.isatty()
     if passing and not terminal:

@@ -129,13 +129,13 @@ def build_tasks(*, train_size: int, test_size: int, every: int = 1) -> list[Task
     """
     snippets = read_standard_library(every=every)
     tasks = []
-    for name, classes, labelled in (
+    for name, classes, found in (
         ("topic", tuple(_TOPICS), _topic(snippets)),
-        ("keyword", tuple(_KEYWORDS.values()), _labelled(snippets, "line", [*_KEYWORDS])),
-        ("naming", tuple(_NAMED.values()), _labelled(snippets, "identifier", [*_NAMED])),
+        ("keyword", tuple(_KEYWORDS.values()), labelled(snippets, "line", [*_KEYWORDS])),
+        ("naming", tuple(_NAMED.values()), labelled(snippets, "identifier", [*_NAMED])),
         ("exception", tuple(_EXCEPTIONS), _exception(snippets)),
     ):
-        train, test = _split(name, labelled, n_classes=len(classes))
+        train, test = split(name, found, n_classes=len(classes))
         tasks.append(Task(name, classes, train[:train_size], test[:test_size]))
     return tasks
 
@@ -158,16 +158,17 @@ def _exception(snippets: Iterable[Snippet]) -> Iterator[tuple[Snippet, int]]:
             yield snippet, names[snippet.label]
 
 
-def _labelled(
+def labelled(
     snippets: Iterable[Snippet], kind: str, labels: Sequence[str]
 ) -> Iterator[tuple[Snippet, int]]:
+    """Yield the snippets of ``kind`` with the positions of their labels in ``labels``."""
     for snippet in snippets:
         if snippet.kind == kind and len(snippet.key) > 2:
             yield snippet, labels.index(snippet.label)
 
 
-def _split(
-    name: str, labelled: Iterable[tuple[Snippet, int]], *, n_classes: int
+def split(
+    name: str, found: Iterable[tuple[Snippet, int]], *, n_classes: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Split and order, the classes in turn, by hashes of the texts alone.
 
@@ -175,7 +176,7 @@ def _split(
     """
     unique: dict[str, tuple[Snippet, int]] = {}
     doubtful: set[str] = set()
-    for snippet, target in labelled:
+    for snippet, target in found:
         key = snippet.key
         if unique.setdefault(key, (snippet, target))[1] != target:
             doubtful.add(key)

@@ -1,4 +1,8 @@
-"""Checkpoints as maps from names to tensors. ``open_checkpoint`` finds out what is at a URL."""
+"""Checkpoints as maps from names to tensors. ``open_checkpoint`` finds out what is at a URL.
+
+A folder that has several kinds is read by its safetensors, else as ``pytorch_model.bin``, else as
+a checkpoint of DeepSpeed, else of ``torch.distributed``. Each kind is one file here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ from typing import TYPE_CHECKING, cast
 
 from shardmerge.errors import CheckpointError, StoreError
 from shardmerge.header import is_plain_name
-from shardmerge.sources.hf import Twins, open_hf
+from shardmerge.sources.dcp import holds_dcp, open_dcp
+from shardmerge.sources.hf import holds_safetensors, open_hf
+from shardmerge.sources.sharded import Twins
 from shardmerge.sources.tensor import Checkpoint
+from shardmerge.sources.torch_bin import BIN_SUFFIXES, holds_bins, open_bin, open_bins
+from shardmerge.sources.zero import holds_zero, is_rank_file, open_zero
 from shardmerge.stores import Stores, is_remote
 from shardmerge.stores.api import Store, scheme_of
 
@@ -26,7 +34,7 @@ def open_checkpoint(
     stores: Stores | None = None,
     twins: Twins | None = None,
 ) -> Checkpoint:
-    """The checkpoint at ``url``, a folder or a ``.safetensors`` file; only headers are read.
+    """The checkpoint at ``url``, a folder or a file; only headers are read.
 
     A path ``org/name`` that does not exist here names a model of the Hugging Face Hub.
 
@@ -54,7 +62,30 @@ def open_checkpoint(
     store = stores.open(url)
     if scheme_of(url) == "hf":
         return _open_hub(url, revision, stores, twins, sure=True)
-    return open_hf(url if revision is None else _snapshot(store, url, revision), store, twins)
+    return _open(url if revision is None else _snapshot(store, url, revision), store, twins)
+
+
+def _open(url: str, store: Store, twins: Twins | None) -> Checkpoint:
+    """The checkpoint at a place, of whatever kind it is."""
+    if not store.is_folder(url):
+        name = url.rpartition("/")[2]
+        if not name.endswith(BIN_SUFFIXES) or store.stat(url) is None:
+            return open_hf(url, store, twins)
+        if is_rank_file(name):
+            raise CheckpointError(
+                f"{url}: one of the files of a DeepSpeed checkpoint. Give the folder they lie in."
+            )
+        return open_bin(url, store)
+    names = store.names(url)
+    if not holds_safetensors(names):
+        for holds, opened in (
+            (holds_bins, open_bins),
+            (holds_zero, open_zero),
+            (holds_dcp, open_dcp),
+        ):
+            if holds(names):
+                return opened(url, store)
+    return open_hf(url, store, twins)
 
 
 def _may_name_hub_model(url: str, stores: Stores) -> bool:
@@ -72,11 +103,11 @@ def _open_hub(
     cached = hub.cached(url, revision)
     if cached is not None:
         try:
-            return open_hf(cached, stores.open(cached), twins)
+            return _open(cached, stores.open(cached), twins)
         except CheckpointError:
             if hub.offline:
                 raise
-    return open_hf(hub.pinned(url, revision, sure=sure), hub, twins)
+    return _open(hub.pinned(url, revision, sure=sure), hub, twins)
 
 
 def _snapshot(store: Store, url: str, revision: str) -> str:

@@ -99,13 +99,15 @@ class Checkpoint:
     Args:
         url: a folder or file, pinned to a commit where the place has commits.
         tensors: by name, in the order of the shards and of the bytes in them.
-        shard_of: for each tensor, the number of its shard, from 0, in the order of ``shards``.
-        shards: file names of the shards, in name order.
+        shard_of: for each tensor, the number of its shard, from 0, in the order of ``shards``; of
+            the first one, where it lies in several.
+        shards: file names of the shards, in name order; with the folder, where they lie in one.
         config: parsed ``config.json``, or an empty map where there is none.
         files: names of the other files that a copy of this checkpoint needs (tokenizer, generation
             config, chat template, processor, custom code, ...), in name order; never weights.
         ignored: names in the folder that hold weights and are not read (``consolidated.*``, ...).
         versions: for each shard, index and config that was read, a text that changes with it.
+        cut: whether files hold pieces of tensors, so that an output cannot have the same shards.
     """
 
     url: str
@@ -116,3 +118,4 @@ class Checkpoint:
     files: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    cut: bool = False

@@ -390,7 +390,7 @@ class HttpStore(RemoteStore):
 
     def is_folder(self, url: str) -> bool:
         """Whether a checkpoint is found in ``url``."""
-        if urlsplit(url).path.endswith(".safetensors"):
+        if urlsplit(url).path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
             return False  # a signature for one file is none for what is below it
         return any(self._holds(url, name) for name in _KNOWN[:2])
 
