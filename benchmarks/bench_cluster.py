@@ -34,9 +34,9 @@ from shardmerge.execute import execute
 from shardmerge.executors import placement
 from shardmerge.executors.api import Executor
 from shardmerge.layout import Part, Shard, Unit
-from shardmerge.merge import Prepared, Where, prepare
 from shardmerge.outputs.api import ShardWriter
 from shardmerge.plan import MergeTask, Plan
+from shardmerge.prepare import Prepared, Where, prepare
 from shardmerge.progress import Quiet
 from shardmerge.staging import staging
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.harness import fields
 from shardmerge.excerpt import excerpt
 from shardmerge.executors.placement import UNIT_BYTES, UNIT_TASKS
-from shardmerge.merge import Prepared, Where, prepare
 from shardmerge.plan import Plan
+from shardmerge.prepare import Prepared, Where, prepare
 
 
 def make(recipe: str) -> tuple[dict[str, object], Plan]:

@@ -4,7 +4,7 @@ A recipe becomes a plan, a plan is many tasks, a task reads a tile of every mode
 and writes one byte range of the output; when all ranges are there, the index is published. The
 files, in the order of the data:
 
-    merge       the whole path in a few lines
+    merge       the whole path in a few lines (prepare: what is known before anything runs)
     recipe      WHAT: YAML to a frozen Recipe, and the method of each tensor (recipe_*: its grammar)
     header      the safetensors format; the only file that knows it
     sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
@@ -28,7 +28,7 @@ files, in the order of the data:
     executors   places to run tasks: threads here, a Ray cluster (placement, node: its decisions)
     slices      the same merge as an array of jobs that never talk to each other
     kept        sums of task vectors that are kept, and the models that are made of them
-    continual   models that arrive one at a time (state: what is in it)
+    continual   models that arrive one at a time (state: what is in it, steps: what a step is)
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
     verify, diff, report, describe, progress, arguments, cli: looking at checkpoints, and the

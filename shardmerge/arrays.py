@@ -198,7 +198,7 @@ class _Whole:
 
     def delta(self, model: int) -> Array:
         """The task vector of a model."""
-        return self._models[model] - self._base
+        return (self._models[model] - self._base).astype(np.float32)
 
     def extra(self, kind: str) -> Array | None:
         """None: there are no others."""

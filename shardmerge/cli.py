@@ -24,7 +24,7 @@ from shardmerge.stores import Stores
 
 if TYPE_CHECKING:
     from shardmerge.continual import State
-    from shardmerge.merge import Where
+    from shardmerge.prepare import Where
     from shardmerge.publish import Published
 
 
@@ -171,7 +171,7 @@ def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
 
 def _plan(options: argparse.Namespace) -> int:
     from shardmerge.describe import describe_plan, plan_text
-    from shardmerge.merge import Where, prepare
+    from shardmerge.prepare import Where, prepare
 
     where = Where(
         executor="slurm-array" if options.save else options.executor,
@@ -336,7 +336,7 @@ def _state(options: argparse.Namespace, stop: threading.Event | None = None) -> 
 
 
 def _where(options: argparse.Namespace) -> Where:
-    from shardmerge.merge import Where
+    from shardmerge.prepare import Where
 
     where = Where(
         executor=options.executor,
@@ -381,7 +381,12 @@ def _continual_add(options: argparse.Namespace) -> int:
         else:
             try:
                 step = state.add(
-                    options.model, where, name=options.name, keep=options.keep, progress=display
+                    options.model,
+                    where,
+                    name=options.name,
+                    keep=options.keep,
+                    base=options.base,
+                    progress=display,
                 )
             finally:
                 display.close()
@@ -396,7 +401,7 @@ def _continual_add(options: argparse.Namespace) -> int:
     else:
         print(
             f"{options.state}: added {step.model.name} as step {step.number}; task vector norm "
-            f"{step.norm:.6g}, lambda {1 / step.scale:.6g}"
+            f"{step.norm:.6g}, scaled by {step.scale:.6g}"
         )
     return 0
 
@@ -419,6 +424,7 @@ def _continual_publish(options: argparse.Namespace) -> int:
                 options.out,
                 where,
                 dtype=options.dtype,
+                base=options.base,
                 overwrite=options.overwrite,
                 fresh=options.fresh,
                 progress=display,

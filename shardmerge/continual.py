@@ -7,9 +7,9 @@ The record is replaced at once when a step is complete; until then the step befo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,22 +18,48 @@ from pathlib import Path
 import yaml
 
 from shardmerge import __version__
-from shardmerge.errors import OutputError, RecipeError, StateError, UsageError
+from shardmerge.errors import (
+    CheckpointError,
+    LedgerMismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SourceChangedError,
+    StateError,
+    StoreError,
+    UsageError,
+)
 from shardmerge.execute import Progress
-from shardmerge.kept import check_added, norms_in, scale_decisions, scaled, summed
-from shardmerge.layers import is_tied, output_embeddings
-from shardmerge.merge import Planner, Prepared, Sources, Where, published_sums, run
-from shardmerge.methods.api import CONTINUAL, Method, MethodInfo
+from shardmerge.kept import check_added, scale_decisions, scaled, summed
+from shardmerge.ledger import fingerprint
+from shardmerge.merge import published_sums, run
 from shardmerge.outputs import open_output
+from shardmerge.outputs.api import STAGING
+from shardmerge.prepare import Planner, Prepared, Sources, Where
 from shardmerge.progress import counted
-from shardmerge.publish import Published
+from shardmerge.publish import PROVENANCE, Published
 from shardmerge.recipe import ModelName, Recipe
-from shardmerge.recipe_parts import wrong_value
-from shardmerge.recipe_yaml import nearest
 from shardmerge.sources import open_checkpoint
-from shardmerge.sources.tensor import Checkpoint
-from shardmerge.state import KEEP, RECORD, Model, Record, Step, as_json, dropped, kept, record_from
+from shardmerge.sources.tensor import Checkpoint, reads
+from shardmerge.state import KEEP, RECORD, Model, Record, Step, as_json, kept, record_from
+from shardmerge.steps import (
+    defaults_of,
+    folder_of,
+    in_dtype_of_base,
+    method_info,
+    method_of,
+    recipe_of,
+    refuse_known,
+    refuse_other_methods,
+    refuse_other_tensors,
+    refuse_pending,
+    refuse_same,
+    setting,
+    step_of,
+    told,
+)
 from shardmerge.stores import Settings, Stores, is_remote
+from shardmerge.verify import verify
 
 
 class State:
@@ -47,16 +73,18 @@ class State:
     def __init__(
         self, url: str, settings: Settings | None = None, stop: threading.Event | None = None
     ) -> None:
-        self._settings = settings
         self._stop = stop or threading.Event()
+        self._stores = Stores(settings, stopping=self._stop)
         self._output = open_output(url, Stores(settings, stopping=self._stop))
         self.url = self._output.url
 
     # --- looking ------------------------------------------------------------------------------
 
-    def record(self) -> Record:
+    def record(self, base: str | None = None) -> Record:
         """What it says about itself.
 
+        Args:
+            base: where the base model lies now; None: where it was.
         Raises:
             StateError: for a place that holds no state.
         """
@@ -66,17 +94,22 @@ class State:
                 "  Begin one with 'shardmerge continual init STATE --base BASE'."
             )
         try:
-            return record_from(json.loads(self._output.read(RECORD)))
+            found = record_from(json.loads(self._output.read(RECORD)))
         except (ValueError, KeyError, TypeError) as problem:
             raise StateError(f"{self.url}/{RECORD} is damaged ({problem}).") from None
+        if base is None:
+            return found
+        place = _model_name(base)
+        return replace(
+            found, base=replace(found.base, url=place.url, revision=place.revision, versions={})
+        )
 
     def kept_bytes(self) -> dict[str, int]:
         """Bytes of the shards of every sum that is kept, by its folder."""
         found = {}
         for step in self.record().steps:
             if step.folder is not None:
-                stores = Stores(self._settings, stopping=self._stop)
-                output = open_output(f"{self.url}/{step.folder}", stores)
+                output = open_output(f"{self.url}/{step.folder}", self._stores)
                 names = [name for name in output.names() if name.endswith(".safetensors")]
                 found[step.folder] = sum(output.size(name) or 0 for name in names)
         return found
@@ -102,25 +135,23 @@ class State:
             UsageError: for an unknown method or parameter.
             OutputError: for a place that holds something.
         """
-        info = _method_info(method)
-        parameters = dict(_setting(info, text) for text in settings)
-        if self._output.names():
-            held = ", ".join(self._output.names()[:3])
-            raise OutputError(f"{self.url} is not empty ({held}, ...); give another place.")
+        info = method_info(method)
+        parameters = defaults_of(info) | dict(setting(info, text) for text in settings)
+        self._refuse_occupied()
         name = _model_name(base)
-        stores = Stores(self._settings, stopping=self._stop)
-        checkpoint = open_checkpoint(name.url, name.revision, stores)
+        checkpoint = open_checkpoint(name.url, name.revision, self._stores)
         record = Record(
             version=__version__,
             method=method,
             parameters=parameters,
             rules=rules,
             keep=keep,
-            base=Model("base", name.url, name.revision, dict(checkpoint.versions)),
+            base=self._model("base", name, checkpoint),
             steps=(),
         )
-        _recipe(record, ModelName("MODEL"))  # refuses rules that are wrong
+        recipe_of(record, ModelName("MODEL"), dtype="float32")  # refuses rules that are wrong
         with self._locked():
+            self._refuse_occupied()  # by now, perhaps
             self._write(record)
         return record
 
@@ -135,6 +166,7 @@ class State:
         *,
         name: str | None = None,
         keep: int | None = None,
+        base: str | None = None,
         progress: Progress | None = None,
     ) -> Step:
         """Add a model; reads the base model, the sum so far and that model only.
@@ -142,29 +174,38 @@ class State:
         Args:
             name: for people; None: the model's own.
             keep: steps whose sums stay from now on; None: as before.
+            base: where the base model lies from now on; None: where it was.
         Raises:
             StateError: for a model that is in the state, another base model, a tensor that is
                 missing, or another model whose step was begun.
             LockedError: another process adds a model.
         """
         with self._locked():
-            record = self.record()
-            model_name = _model_name(model)
+            record, model_name = self.record(base), _model_name(model)
+            finished = self._finished(record, model_name)
+            if finished is not None:
+                return finished
             ready, sources = self._step(record, model_name, where)
-            found = sources[model_name]
-            added = Model(
-                name or str(model_name), model_name.url, model_name.revision, dict(found.versions)
-            )
-            _refuse_pending(record, added, self.url)
+            added = self._model(name or str(model_name), model_name, sources[model_name])
+            refuse_pending(record, added, self.url)
             record = replace(record, pending=added, keep=keep or record.keep)
+            self._sweep(record)
             self._write(record)
-            run(ready, where, progress=progress, stop=self._stop)
-            step = _step_of(record, added, published_sums(ready.output), self._folder(record))
-            _refuse_same(record, step, self.url)
+            with _told_of_states(self.url):
+                run(ready, where, progress=progress, stop=self._stop)
+            step = self._step_after(record, added, ready)
             steps = (*record.steps, step)
-            self._write(replace(record, steps=kept(steps, record.keep), pending=None))
-            self._clear([old.folder for old in dropped(steps, record.keep)])
+            record = replace(record, steps=kept(steps, record.keep), pending=None)
+            self._write(record)
+            self._sweep(record)
             return step
+
+    def _finished(self, record: Record, model: ModelName) -> Step | None:
+        """The last step, if it is this model's and was killed before it had cleaned up."""
+        last = record.steps[-1] if record.steps else None
+        if last is None or record.pending is not None or last.model.model != model:
+            return None
+        return last if self._sweep(record) else None
 
     def undo(self) -> Model:
         """Go back to before the last step, or before one that was begun; gives its model.
@@ -175,8 +216,7 @@ class State:
         with self._locked():
             record = self.record()
             if record.pending is not None:
-                self._write(replace(record, pending=None))
-                self._clear([self._folder(record)])
+                self._forget(replace(record, pending=None))
                 return record.pending
             if not record.steps:
                 raise StateError(f"{self.url} has no step to go back from.")
@@ -188,9 +228,14 @@ class State:
                     f"{'is' if record.keep == 1 else 'are'}.\n"
                     "  Add models to a state with a larger --keep to be able to go back further."
                 )
-            self._write(replace(record, steps=tuple(before)))
-            self._clear([last.folder])
+            if before:
+                self._sum(before[-1])
+            self._forget(replace(record, steps=tuple(before)))
             return last.model
+
+    def _forget(self, record: Record) -> None:
+        self._write(record)
+        self._sweep(record)
 
     def publish(
         self,
@@ -198,6 +243,7 @@ class State:
         where: Where,
         *,
         dtype: str | None = None,
+        base: str | None = None,
         overwrite: bool = False,
         fresh: bool = False,
         progress: Progress | None = None,
@@ -206,23 +252,27 @@ class State:
 
         Args:
             dtype: of the model; None: the base model's, tensor by tensor.
+            base: where the base model lies now; None: where it was.
         Raises:
             StateError: for a state without a model, or another base model.
         """
-        record = self.record()
+        record = self.record(base)
         if not record.steps:
             raise StateError(f"{self.url} has no model yet; add one first.")
         last = record.steps[-1]
-        planner = Planner(out, where, self._settings, self._stop)
+        self._refuse_inside(out)
+        self._sum(last)
+        planner = Planner(out, where, self._stores, self._stop)
         state = ModelName(f"{self.url}/{last.folder}")
-        recipe = _recipe(record, state, dtype=dtype)
+        recipe = recipe_of(record, state, dtype=dtype or "float32")
         sources, outputs = planner.read(recipe)
-        _refuse_base(record, sources[record.base.model], self.url)
+        self._refuse_base(record, sources[record.base.model])
+        refuse_other_methods(recipe, outputs, record)
         made = scaled(outputs, sources[state].tensors)
         if dtype is None:
-            tensors = [replace(t, dtype=t.base.dtype) if t.base else t for t in made.tensors]
-            made = replace(made, tensors=tuple(tensors))
-        ready = planner.plan(recipe, sources, made, step=f"scale {last.scale!r}")
+            made = replace(made, tensors=tuple(map(in_dtype_of_base, made.tensors)))
+        whole = told(recipe, record, None, dtype)
+        ready = planner.plan(whole, sources, made, step=f"scale {last.scale!r}")
         ready = replace(ready, given=scale_decisions(ready.plan, last.scale))
         return run(
             ready, where, overwrite=overwrite, fresh=fresh, progress=progress, stop=self._stop
@@ -232,45 +282,119 @@ class State:
 
     def _step(self, record: Record, model: ModelName, where: Where) -> tuple[Prepared, Sources]:
         """The plan of one more step, and the checkpoints it reads."""
-        planner = Planner(f"{self.url}/{self._folder(record)}", where, self._settings, self._stop)
         if model == record.base.model:
             raise StateError(f"{model} is the base model of {self.url}; add its fine-tunes.")
-        recipe = _recipe(record, model)
+        added = open_checkpoint(model.url, model.revision, self._stores)
+        refuse_known(record, model, added, self.url)
+        place = (
+            f"{self.url}/{folder_of(record, Model('', model.url, model.revision, added.versions))}"
+        )
+        planner = Planner(place, where, self._stores, self._stop)
+        recipe = recipe_of(record, model, dtype="float32")
         sources, outputs = planner.read(recipe)
-        base, added = sources[record.base.model], sources[model]
-        _refuse_base(record, base, self.url)
-        _refuse_known(record, model, added, self.url)
-        _refuse_other_tensors(model, added, base)
+        self._refuse_base(record, sources[record.base.model])
+        refuse_other_tensors(model, added, sources[record.base.model])
+        refuse_other_methods(recipe, outputs, record)
         check_added(recipe, outputs)
-        last = record.steps[-1] if record.steps else None
-        everything = dict(sources)
-        if last is not None:
-            name = ModelName(f"{self.url}/{last.folder}")
-            stores = Stores(self._settings, stopping=self._stop)
-            everything[name] = open_checkpoint(name.url, None, stores)
-        method = _method(record)
-        if last is None and hasattr(method, "first"):
+        everything, state = dict(sources), None
+        if record.steps:
+            name = ModelName(f"{self.url}/{record.steps[-1].folder}")
+            state = everything[name] = self._sum(record.steps[-1])
+        method = method_of(record)
+        if state is None and hasattr(method, "first"):
             method = method.first()
         made = summed(
             outputs,
             method=None if record.method == recipe.merge_method else method,
-            state=None if last is None else everything[name],
+            state=state,
+            integers=True,
         )
         settings = json.dumps(dict(record.parameters), sort_keys=True)
         step = f"{record.method} {settings} {len(record.steps) + 1}"
-        return planner.plan(recipe, everything, made, step=step), sources
+        return planner.plan(told(recipe, record, model, None), everything, made, step=step), sources
 
-    def _folder(self, record: Record) -> str:
-        return f"steps/{len(record.steps) + 1:06d}"
+    def _step_after(self, record: Record, added: Model, ready: Prepared) -> Step:
+        """The record of a step whose sum is published; one of a model that is known is dropped."""
+        sums = open_checkpoint(ready.output.url, None, self._stores)
+        made = fingerprint(ready.plan.identity)
+        step = step_of(record, added, published_sums(ready.output), made, sums.versions)
+        try:
+            refuse_same(record, step)
+        except StateError:
+            self._forget(replace(record, pending=None))
+            raise
+        return step
+
+    def _sum(self, step: Step) -> Checkpoint:
+        """The sum after a step.
+
+        Raises:
+            StateError: for one that is gone, damaged, or another.
+        """
+        url = f"{self.url}/{step.folder}"
+        try:
+            found = open_checkpoint(url, None, self._stores)
+            if dict(found.versions) == dict(step.versions):
+                return found
+            # Touched: the whole state may have been copied, or somebody has written there.
+            problems = verify(url, self._stores).problems
+            made = json.loads(open_output(url, self._stores).read(PROVENANCE))["fingerprint"]
+        except (CheckpointError, OutputError, StoreError, ValueError, KeyError) as problem:
+            raise StateError(
+                f"the sum after step {step.number} ({step.model.name}) cannot be read: {problem}"
+            ) from None
+        if problems or made != step.fingerprint:
+            raise StateError(
+                f"the sum after step {step.number} ({step.model.name}), {url}, is not what was "
+                f"written: {problems[0] if problems else 'it is of another plan'}.\n"
+                "  Put it back from a copy, or begin a new state."
+            )
+        return found
+
+    def _model(self, name: str, model: ModelName, found: Checkpoint) -> Model:
+        content = content_of(found, self._stores)
+        return Model(name, model.url, model.revision, dict(found.versions), content)
+
+    def _refuse_inside(self, out: str) -> None:
+        place = out.rstrip("/")
+        if not is_remote(out):
+            place = str(Path(out).expanduser().resolve())
+        state = self.url if is_remote(self.url) else str(Path(self.url).resolve())
+        if f"{place}/".startswith(f"{state}/"):
+            raise OutputError(f"{out} lies in the state {self.url}. Give another place.")
+
+    def _refuse_occupied(self) -> None:
+        held = [name for name in self._output.names() if name != f"{STAGING}/"]
+        if held:
+            told = f"{', '.join(held[:3])}{', ...' if len(held) > 3 else ''}"
+            raise OutputError(f"{self.url} is not empty ({told}); give another place.")
+
+    def _refuse_base(self, record: Record, base: Checkpoint) -> None:
+        """Refuse a base model whose files are others, unless they hold the same."""
+        if dict(base.versions) == dict(record.base.versions):
+            return
+        if content_of(base, self._stores) != record.base.content:
+            raise StateError(
+                f"{record.base.model} is not the base model that {self.url} began with: it holds "
+                "other values.\n"
+                "  Put it back, or say where it lies with --base; task vectors from two base\n"
+                "  models cannot be added."
+            )
 
     def _write(self, record: Record) -> None:
+        self._output.check_lock()
         self._output.write(RECORD, (json.dumps(as_json(record), indent=1) + "\n").encode())
 
-    def _clear(self, folders: Sequence[str | None]) -> None:
-        for folder in folders:
-            if folder is not None:
-                stores = Stores(self._settings, stopping=self._stop)
-                open_output(f"{self.url}/{folder}", stores).clear()
+    def _sweep(self, record: Record) -> bool:
+        """Remove every sum that the record does not name; gives whether there was one."""
+        named = {step.folder for step in record.steps}
+        if record.pending is not None:
+            named.add(folder_of(record, record.pending))
+        found = [name.rstrip("/") for name in self._output.names("steps/")]
+        left = [name for name in found if f"steps/{name}" not in named]
+        for name in left:
+            open_output(f"{self.url}/steps/{name}", self._stores).clear()
+        return bool(left)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -278,134 +402,21 @@ class State:
             try:
                 yield
             finally:
+                self._output.check_lock()  # else another's would be removed
                 self._output.tidy()  # of a state only the lock lies there
 
 
-# --- what is refused ------------------------------------------------------------------------------
-
-
-def _refuse_base(record: Record, base: Checkpoint, state: str) -> None:
-    if dict(base.versions) != dict(record.base.versions):
-        changed = sorted(
-            name
-            for name in {*base.versions, *record.base.versions}
-            if base.versions.get(name) != record.base.versions.get(name)
-        )
-        raise StateError(
-            f"{record.base.model} is not the base model that {state} began with: "
-            f"{', '.join(changed[:3])} changed.\n"
-            "  Put it back; task vectors from two base models cannot be added."
-        )
-
-
-def _refuse_known(record: Record, name: ModelName, model: Checkpoint, state: str) -> None:
-    for step in record.steps:
-        known = step.model
-        if name == known.model and dict(model.versions) == dict(known.versions):
-            raise StateError(
-                f"{name} is in {state} already, as step {step.number} ({known.name}).\n"
-                "  Go back with 'shardmerge continual undo' if it should not be."
-            )
-
-
-def _refuse_other_tensors(name: ModelName, model: Checkpoint, base: Checkpoint) -> None:
-    heads = output_embeddings({**base.tensors, **model.tensors})
-    tied = [head for head in heads if is_tied(model.config) or is_tied(base.config)]
-    lacking = [t for t in base.tensors if t not in model.tensors and t not in tied]
-    beyond = [t for t in model.tensors if t not in base.tensors and t not in tied]
-    if lacking:
-        raise StateError(
-            f"{name} lacks {counted(len(lacking), 'tensor')} of the base model: "
-            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}.\n"
-            "  A step adds all tensors or none. Save the whole model."
-        )
-    if beyond:
-        raise StateError(
-            f"{name} has {counted(len(beyond), 'tensor')} that the base model lacks: "
-            f"{', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}.\n"
-            "  Remove them from the checkpoint: there is nothing to add them to."
-        )
-
-
-def _refuse_pending(record: Record, model: Model, state: str) -> None:
-    pending = record.pending
-    if pending is not None and pending.model != model.model:
-        raise StateError(
-            f"adding {pending.model} to {state} was begun and is not complete.\n"
-            f"  Run 'shardmerge continual add {state} {pending.model}' to go on, or "
-            f"'shardmerge continual undo {state}' to drop it."
-        )
-
-
-def _refuse_same(record: Record, step: Step, state: str) -> None:
-    """Task vectors of exactly one norm, of billions of elements, are the same."""
-    for known in record.steps:
-        if step.norm and step.norm == known.norm:
-            raise StateError(
-                f"{step.model.model} has exactly the task vector norm of step {known.number} "
-                f"({known.model.name}): it is the same model at another place.\n"
-                f"  Drop the step with 'shardmerge continual undo {state}'."
-            )
-
-
-# --- steps and records ----------------------------------------------------------------------------
-
-
-def _step_of(record: Record, model: Model, sums: Sequence[float], folder: str) -> Step:
-    norms = norms_in(sums)
-    everything = (*(step.norm for step in record.steps), *norms.models)
-    return Step(
-        number=len(record.steps) + 1,
-        model=model,
-        norm=norms.models[0],
-        total=norms.total,
-        scale=_method(record).scale(everything, norms.total),
-        added=round(time.time(), 3),
-        folder=folder,
-    )
-
-
-# --- methods and recipes --------------------------------------------------------------------------
-
-
-def _method_info(name: str) -> MethodInfo:
-    if name not in CONTINUAL:
-        near = nearest(name, CONTINUAL)
-        hint = f" Did you mean '{near}'?" if near else ""
-        known = ", ".join(sorted(CONTINUAL))
-        raise UsageError(f"'{name}' does not add one model at a time ({known} do).{hint}")
-    return CONTINUAL[name]
-
-
-def _setting(info: MethodInfo, text: str) -> tuple[str, float | bool | str]:
-    """A parameter from ``KEY=VALUE``."""
-    key, separator, value = text.partition("=")
-    known = {item.key: item for item in info.parameters if item.key != "shuffle"}
-    if not separator or key not in known:
-        near = nearest(key, known)
-        hint = f" Did you mean '{near}'?" if near else ""
-        raise UsageError(
-            f"--set {text}: {info.name} has {', '.join(known) or 'no parameters'}; write "
-            f"KEY=VALUE.{hint}"
-        )
+@contextmanager
+def _told_of_states(state: str) -> Iterator[None]:
+    """What is advised for recipes does not help in a state."""
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        parsed = value
-    problem = wrong_value(known[key], parsed)
-    if problem:
-        raise UsageError(f"--set {text}: {key} {problem}")
-    return key, float(parsed) if isinstance(parsed, int) and parsed is not True else parsed
-
-
-def _method(record: Record) -> Method:
-    """The method with its parameters."""
-    info = _method_info(record.method)
-    values: dict[str, object] = {}
-    for item in info.parameters:
-        value = record.parameters.get(item.key, item.default)
-        values[item.name] = item.kind(value)
-    return info.cls(**values)
+        yield
+    except (NonFiniteError, LedgerMismatchError, SourceChangedError) as problem:
+        found, _, _ = str(problem).partition("\n  Mend the inputs")
+        raise StateError(
+            f"{found}\n  Mend the model, drop this step with 'shardmerge continual undo {state}' "
+            "(there is no --fresh here), and add it again."
+        ) from None
 
 
 def _model_name(text: str) -> ModelName:
@@ -424,22 +435,26 @@ def _model_name(text: str) -> ModelName:
     return name
 
 
-def _recipe(record: Record, model: ModelName, *, dtype: str | None = None) -> Recipe:
-    """What one step merges, as a recipe: one model and the base model."""
+def content_of(checkpoint: Checkpoint, stores: Stores) -> str:
+    """A digest of all names, dtypes and shapes, and of elements of some tensors.
 
-    def named(name: ModelName) -> dict[str, str]:
-        found = {"path": name.url}
-        return found if name.revision is None else {**found, "revision": name.revision}
+    It tells base models from each other wherever they lie and whenever they were copied. It does
+    not tell fine-tunes from each other, which may differ in few tensors.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
+    for tensor in tensors:
+        digest.update(f"{tensor.name} {tensor.dtype.name} {tensor.shape}\n".encode())
+    ranges = []
+    for tensor in tensors[:: max(1, len(tensors) // _SAMPLES)]:
+        count = min(tensor.numel, _SAMPLED)
+        buffer = memoryview(bytearray(count * tensor.dtype.itemsize))
+        ranges += reads(tensor, 0, count, buffer)
+    stores.read(ranges)
+    for item in ranges:
+        digest.update(item.into)
+    return digest.hexdigest()
 
-    values: dict[str, object] = {
-        "merge_method": "opcm",
-        "base_model": {"model": named(record.base.model)},
-        "models": [{"model": {"model": named(model)}}],
-    }
-    if record.method == "opcm":
-        values["parameters"] = dict(record.parameters)
-    if dtype is not None:
-        values["dtype"] = dtype
-    if record.rules:
-        values["rules"] = yaml.safe_load(record.rules)
-    return Recipe.parse(yaml.safe_dump(values, sort_keys=False), where="continual")
+
+_SAMPLES, _SAMPLED = 128, 1024
+"""Tensors of which the first elements are read, about, and how many of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -205,7 +206,7 @@ def describe_state(url: str, record: Record, kept: Mapping[str, int]) -> dict[st
                 "name": step.model.name,
                 "model": str(step.model.model),
                 "norm": step.norm,
-                "lambda": 1 / step.scale,
+                "lambda": 1 / step.scale if step.scale else None,
                 "added": step.added,
                 "sum": step.folder,
                 "sum_bytes": kept.get(step.folder or "", 0),
@@ -227,8 +228,8 @@ def state_text(facts: Mapping[str, object]) -> str:
         f"base      {facts['base']}",
         f"models    {len(steps)}",
         *(
-            f"  {step['step']}  {step['name']}: norm {step['norm']:.6g}, lambda "
-            f"{step['lambda']:.6g}, "
+            f"  {step['step']}  {step['name']}: norm {step['norm']:.6g}, "
+            f"lambda {step['lambda'] or math.inf:.6g}, "
             + (f"sum of {size(step['sum_bytes'])} kept" if step["sum"] else "sum not kept")
             for step in steps
         ),

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import numpy as np
-
 from shardmerge.errors import NonFiniteError, PlanError, RecipeError
 from shardmerge.match import Outputs, OutputTensor
 from shardmerge.methods.api import Decision, Method, info_of
 from shardmerge.methods.scaled import Scaled
-from shardmerge.numerics import DType, ExactSums
+from shardmerge.numerics import DType
 from shardmerge.outputs.api import Receipt
 from shardmerge.plan import Plan
 from shardmerge.recipe import Recipe
@@ -60,6 +58,11 @@ def check_added(recipe: Recipe, outputs: Outputs) -> None:
     if not added:
         return
     name = info_of(added[0].method).name
+    if recipe.allow_non_finite:
+        raise RecipeError(
+            f"{name} scales by norms over the whole model, which one NaN would make NaN; remove "
+            "allow_non_finite."
+        )
     if recipe.layered:
         raise RecipeError(f"{name} adds whole models; give 'models' instead of 'slices'.")
     for tensor in added:
@@ -71,17 +74,27 @@ def check_added(recipe: Recipe, outputs: Outputs) -> None:
             )
 
 
-def summed(outputs: Outputs, *, method: Method | None = None, state: Checkpoint | None) -> Outputs:
+def summed(
+    outputs: Outputs,
+    *,
+    method: Method | None = None,
+    state: Checkpoint | None,
+    integers: bool = False,
+) -> Outputs:
     """The outputs of the first plan: the sum of each tensor that is added, in float32.
 
     Args:
         method: that adds instead of the recipe's; it takes every tensor element by element.
         state: the sum so far.
+        integers: whether tensors of integers are copied too, if they are the same in all models.
     """
     tensors, shards = [], []
     for tensor, shard in zip(outputs.tensors, outputs.shard_of, strict=True):
         if is_added(tensor):
             tensors.append(_sum_of(tensor, method, state))
+            shards.append(shard)
+        elif integers and tensor.method is None:
+            tensors.append(tensor)
             shards.append(shard)
     return replace(outputs, tensors=tuple(tensors), shard_of=tuple(shards), notes=())
 
@@ -110,10 +123,11 @@ def _sum_of(tensor: OutputTensor, method: Method | None, state: Checkpoint | Non
 
 def scaled(outputs: Outputs, sums: Mapping[str, TensorRef]) -> Outputs:
     """The outputs of the second plan: what is added is made of the base model and its sum."""
+    method = Scaled()  # one for all: what follows for tensors is computed once for each method
     tensors = [
         replace(
             tensor,
-            method=Scaled(),
+            method=method,
             models=(sums[tensor.name],),
             positions=(0,),
             extras=(),
@@ -144,11 +158,15 @@ def refs_of(plan: Plan, url: str) -> dict[str, TensorRef]:
 def total_of(receipts: Iterable[Receipt]) -> tuple[float, ...]:
     """The sums over all parts; empty where the method sums nothing up."""
     rows = [receipt.sums for receipt in receipts if receipt.sums]
-    if not rows:
-        return ()
-    exact = ExactSums(len(rows[0]))
-    exact.add(np.array(rows))
-    return exact.rounded()
+    columns = zip(*rows, strict=True)
+    return tuple(_rounded([term for sums in column for term in sums]) for column in columns)
+
+
+def _rounded(terms: Sequence[float]) -> float:
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # too large, or infinities of both signs
+        return math.nan
 
 
 def norms_in(sums: Sequence[float]) -> Norms:

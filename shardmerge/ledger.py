@@ -77,7 +77,8 @@ class Ledger:
                 found = rest.get("non_finite", [])
                 pairs = tuple((int(t), int(k)) for t, k in found)  # type: ignore[attr-defined]
                 tag = str(rest.get("tag", ""))
-                sums = tuple(map(float, rest.get("sums", ())))  # type: ignore[call-overload]
+                found = rest.get("sums", [])
+                sums = tuple(tuple(map(float, each)) for each in found)  # type: ignore[attr-defined]
                 self.receipts[shard, number] = Receipt(shard, number, n, crc, tag, pairs, sums)
             case {"decision": str(key), "values": list(values)}:
                 self.decisions[key] = tuple(float(value) for value in values)

@@ -187,7 +187,7 @@ def matrix_bytes(tensor: OutputTensor) -> int:
     """Memory for the largest matrix of a tensor whose method sees it as a whole.
 
     The base model's stored elements stay, one more input is read at a time, and the result of a
-    block stays until it is written. The pass tells what it takes in float32.
+    block stays until it is written.
     """
     step = info_of(tensor.method).matrix_pass
     assert step is not None and step.workspace is not None
@@ -198,7 +198,7 @@ def matrix_bytes(tensor: OutputTensor) -> int:
     return (
         base
         + max(others)
-        + (2 if tensor.wide else 1) * max(step.workspace(*shape) for shape in shapes)
+        + max(step.workspace(*shape) for shape in shapes)
         + block_numel(tensor.shape) * tensor.dtype.itemsize
         + min(rows * columns, CONVERTED) * 16
     )

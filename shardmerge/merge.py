@@ -2,142 +2,38 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import llvmlite
-import numpy as np
-import yaml
+from dataclasses import replace
 
 from shardmerge import __version__, assets, executors
-from shardmerge.errors import NonFiniteError, SourceChangedError, UsageError
+from shardmerge.errors import NonFiniteError, SourceChangedError
 from shardmerge.execute import Progress, execute
-from shardmerge.kept import (
-    adding,
-    check_added,
-    norms_in,
-    refs_of,
-    scale_decisions,
-    scaled,
-    summed,
-    total_of,
-)
-from shardmerge.kernels.device import AUTO, CPU, CUDA, choose_device
+from shardmerge.kept import adding, norms_in, scale_decisions, total_of
+from shardmerge.kernels.device import AUTO
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.match import Outputs, match
 from shardmerge.memory import inputs_of
 from shardmerge.methods.api import Decision, Method
-from shardmerge.outputs import Output, open_output
-from shardmerge.outputs.api import KEPT
-from shardmerge.plan import Plan, make_plan
+from shardmerge.outputs import Output
+from shardmerge.plan import Plan
+from shardmerge.prepare import (
+    AT_A_TIME,
+    DEFAULT_MEMORY_BYTES,
+    Prepared,
+    Sources,
+    Where,
+    donors,
+    prepare,
+)
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_checksums
-from shardmerge.recipe import ModelName, Recipe
-from shardmerge.recipe_yaml import read_yaml
+from shardmerge.recipe import Recipe
 from shardmerge.records import TASKS, TaskRecord, from_parquet, to_parquet
-from shardmerge.sources import Twins, open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
 from shardmerge.stores import Settings, Stores
-
-DEFAULT_MEMORY_BYTES = 4 * 2**30
-GPU_CPUS = 4
-"""CPUs of a cluster's worker for each GPU: they read and write for it."""
-_AT_A_TIME = 16
-"""Small questions that are asked of stores together: each may take a round trip."""
-
-Sources = Mapping[ModelName, Checkpoint]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything that is known before anything runs.
-
-    Args:
-        first: what has to be published before, in a folder of OUT that is removed at the end: a sum
-            of task vectors, from which this plan makes the model.
-        given: decisions that no task takes, by the ledger's keys.
-    """
-
-    plan: Plan
-    sources: Sources
-    output: Output
-    stores: Stores
-    first: Prepared | None = None
-    given: Mapping[str, Decision] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[str]:
-        """Names of every file of the checkpoint that is not a shard or the index."""
-        donor, tokenizer = _donors(self.plan, self.sources)
-        return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE, TASKS]
-
-    def published(self, *, already: bool) -> Published:
-        """What is told of a published checkpoint.
-
-        Args:
-            already: whether it was there before.
-        """
-        requests, read_bytes = self.stores.requests
-        return Published(
-            out=self.plan.out,
-            shards=tuple(shard.name for shard in self.plan.shards),
-            nbytes=self.plan.output_bytes,
-            tensors=len(self.plan.tensors),
-            already=already,
-            notes=(*self.plan.recipe.notes, *self.plan.outputs.notes),
-            requests=requests,
-            requested_bytes=read_bytes,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Where tasks run.
-
-    Args:
-        executor: ``local`` or ``ray``.
-        address: of the cluster; None for one that is started here and ends with the run.
-        device: where kernels run: ``cpu``, ``cuda``, or ``auto``: CUDA where there is a device. On
-            a cluster, ``auto`` is the CPU.
-        gpus: of each worker of a cluster on CUDA; less than 1 for a part of one.
-        memory_bytes: the most anonymous memory the process may use; on a cluster, each worker.
-        threads: kernels that may run at a time; None: one per CPU that the process may use.
-    """
-
-    executor: str = "local"
-    address: str | None = None
-    device: str = AUTO
-    gpus: float = 1.0
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
-    threads: int | None = None
-
-    def chosen(self) -> str:
-        """The device that is meant.
-
-        Raises:
-            UsageError: CUDA is asked for, and something that it needs is not there.
-        """
-        return choose_device(self.device, here=self.executor not in executors.ELSEWHERE)
-
-    def check(self) -> None:
-        """Refuse what does not go together.
-
-        Raises:
-            UsageError: for options of a cluster where there is none.
-        """
-        executors.refuse_array(self.executor)
-        if self.executor != "ray" and self.address is not None:
-            raise UsageError("--address is of a Ray cluster: give --executor ray with it.")
-        if self.gpus != 1.0 and (self.executor != "ray" or self.device != CUDA):
-            raise UsageError("--gpus is for --executor ray with --device cuda.")
 
 
 def merge(
@@ -203,7 +99,7 @@ def run(
             if ready.first is not None:
                 run(ready.first, where, progress=progress, stop=stop)
                 given |= decisions_after(ready)
-            ledger.record(decisions={k: v for k, v in given.items() if k not in ledger.decisions})
+            give(ledger, given)
             with executors.start(
                 where.executor,
                 plan,
@@ -223,8 +119,16 @@ def decisions_after(ready: Prepared) -> dict[str, Decision]:
     """What a plan is given once its first is published: what the sum is scaled with."""
     assert ready.first is not None
     method: Method = adding(ready.first.plan.outputs)
-    norms = norms_in(published_sums(ready.first.output))
+    sums = published_sums(ready.first.output)
+    if not sums:  # of tensors without elements
+        return scale_decisions(ready.plan, 1.0)
+    norms = norms_in(sums)
     return scale_decisions(ready.plan, method.scale(norms.models, norms.total))
+
+
+def give(ledger: Ledger, decisions: Mapping[str, Decision]) -> None:
+    """Record decisions that no task takes, unless an earlier run has."""
+    ledger.record(decisions={k: d for k, d in decisions.items() if k not in ledger.decisions})
 
 
 def published_sums(output: Output) -> tuple[float, ...]:
@@ -246,181 +150,6 @@ def finish(ready: Prepared, ledger: Ledger) -> None:
     publish(ready.output, plan.shards, names, ledger, _files(ready, ledger))
 
 
-def prepare(
-    recipe: Recipe | str,
-    out: str,
-    where: Where,
-    *,
-    settings: Settings | None = None,
-    stop: threading.Event | None = None,
-) -> Prepared:
-    """Read the recipe and the headers of its sources, and plan. Touches nothing at ``out``."""
-    where.chosen()  # before anything is read
-    with _uncollected():
-        planner = Planner(out, where, settings, stop)
-        recipe = Recipe.load(recipe)
-        sources, outputs = planner.read(recipe)
-        check_added(recipe, outputs)
-        if adding(outputs) is None:
-            return planner.plan(recipe, sources, outputs)
-        first = replace(planner, out=f"{out.rstrip('/')}/{KEPT}").plan(
-            recipe, sources, summed(outputs, state=None), step="sum"
-        )
-        made = scaled(outputs, refs_of(first.plan, first.output.url))
-        return replace(planner.plan(recipe, sources, made, step="scale"), first=first)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python's collector is off: in the millions of objects of a large plan there is no cycle to
-    find, and looking for them takes up to a third of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@dataclass(frozen=True, slots=True)
-class Planner:
-    """Makes plans for one place.
-
-    Args:
-        out: where the plan publishes.
-        settings: of the places that bytes come from and go to.
-        stop: ends what waits for a server.
-    """
-
-    out: str
-    where: Where
-    settings: Settings | None
-    stop: threading.Event | None
-
-    def read(self, recipe: Recipe, stores: Stores | None = None) -> tuple[Sources, Outputs]:
-        """Open what a recipe names, and match the tensors."""
-        stores = stores or Stores(self.settings, stopping=self.stop)
-        sources = open_sources(recipe, stores)
-        outputs = match(recipe, sources)
-        outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
-        assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
-        return sources, outputs
-
-    def plan(
-        self, recipe: Recipe, sources: Sources, outputs: Outputs, *, step: str = ""
-    ) -> Prepared:
-        """The plan for these outputs.
-
-        Args:
-            step: names one of several plans of a recipe.
-        """
-        stores = Stores(self.settings, stopping=self.stop)
-        # Stores of its own: when workers that read are ended, the ledger is still written.
-        output = open_output(self.out, Stores(self.settings, stopping=self.stop))
-        device = self._device(outputs)
-        cpus, workers = self.where.threads or available_cpus(), None
-        if self.where.executor == "ray":
-            # Workers are processes: on CPUs of one each, but all that use a GPU share its process.
-            cpus, workers = (1, 1) if device == CPU else (self.where.threads or GPU_CPUS, None)
-        plan = make_plan(
-            recipe,
-            outputs,
-            self.out,
-            memory_bytes=self.where.memory_bytes,
-            cpus=cpus,
-            workers=workers,
-            identity=_identity(recipe, sources, outputs, device, step),
-            device=device,
-            part_bytes=output.part_bytes,
-            buffers_parts=output.buffers_parts,
-        )
-        return Prepared(plan, sources, output, stores)
-
-    def _device(self, outputs: Outputs) -> str:
-        """Where kernels run.
-
-        Raises:
-            UsageError: CUDA is asked for, and something that it needs is not there.
-        """
-        here, device = self.where.executor not in executors.ELSEWHERE, self.where.chosen()
-        if device == CUDA and here and any(tensor.whole for tensor in outputs.tensors):
-            from shardmerge.kernels.linalg import lacking
-
-            missing = lacking()
-            if missing is not None and self.where.device == CUDA:
-                raise UsageError(
-                    f"--device cuda: {missing}, which decomposes matrices there.\n"
-                    "  Install PyTorch with CUDA, or give --device cpu."
-                )
-            return CPU if missing else CUDA
-        return device
-
-
-def open_sources(recipe: Recipe, stores: Stores) -> Sources:
-    """Every checkpoint that the recipe names, by name."""
-    names, twins = _named(recipe), Twins()
-
-    def opened_one(name: ModelName) -> Checkpoint:
-        return open_checkpoint(name.url, name.revision, stores, twins)
-
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        opened = pool.map(opened_one, names)
-        return dict(zip(names, opened, strict=True))
-
-
-def _named(recipe: Recipe) -> list[ModelName]:
-    """The checkpoints that a recipe names, each once, in its order."""
-    found = [recipe.base_model, recipe.tokenizer_source]
-    for part in recipe.slices:
-        for source in (part.base, *part.sources):
-            if source is not None:
-                found += [source.model, *source.extras.values()]
-    found += [rule.take_from for rule in recipe.rules]
-    return list(dict.fromkeys(name for name in found if name is not None))
-
-
-def _ignored(sources: Sources) -> Iterator[str]:
-    """What lies beside the shards of each source and is not read."""
-    for name, checkpoint in sources.items():
-        if checkpoint.ignored:
-            yield f"{name}: not read: {', '.join(checkpoint.ignored)}"
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the quota of its control group."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
-
-
-def _identity(
-    recipe: Recipe, sources: Sources, outputs: Outputs, device: str, step: str
-) -> dict[str, str]:
-    """What the bytes of the output depend on. Permissions and resources are not among it."""
-    settings = read_yaml(recipe.text, "recipe").value
-    assert isinstance(settings, dict)
-    settings = {key: value for key, value in settings.items() if key != "allow_non_finite"}
-    identity = {
-        # Credentials are no part of it: others may be used to go on.
-        "recipe": assets.public_text(yaml.safe_dump(settings, sort_keys=True)),
-        "shardmerge": __version__,
-        "compiler": f"llvmlite {llvmlite.__version__}",
-        "device": device,
-    }
-    if step:
-        identity["step"] = step
-    if any(tensor.whole for tensor in outputs.tensors):
-        identity["linear algebra"] = f"numpy {np.__version__}"  # another may round another way
-    for name, checkpoint in sources.items():
-        lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
-        identity[f"source {assets.public_text(str(name))}"] = "\n".join(lines)
-    return identity
-
-
 # --- checks before publishing -------------------------------------------------------------------
 
 
@@ -432,7 +161,7 @@ def _refuse_changed(sources: Sources, stores: Stores) -> None:
 
     files = [(name, file) for name, checkpoint in sources.items() for file in checkpoint.versions]
     folders = {name: stores.open(c.url).is_folder(c.url) for name, c in sources.items()}
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = pool.map(lambda item: same(sources[item[0]], folders[item[0]], item[1]), files)
         for (name, file), unchanged in zip(files, found, strict=True):
             if not unchanged:
@@ -445,6 +174,12 @@ def _refuse_changed(sources: Sources, stores: Stores) -> None:
 def _non_finite(ledger: Ledger) -> list[tuple[int, int]]:
     """Number and input of every tensor that holds NaN or infinity; input -1 is the result."""
     return sorted({pair for receipt in ledger.receipts.values() for pair in receipt.non_finite})
+
+
+_ALLOW = (
+    "\n  To publish it as it is, write allow_non_finite: true into the recipe and run the same "
+    "command again: nothing is lost. Else:"
+)
 
 
 def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
@@ -461,21 +196,13 @@ def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
     raise NonFiniteError(
         f"NaN or infinity in {counted(len(places), 'tensor')}; nothing was published:\n"
         + "\n".join(f"  {name}: {', '.join(where)}" for name, where in places.items())
-        + "\n  To publish it as it is, write allow_non_finite: true into the recipe and run the "
-        "same command again: nothing is lost.\n"
-        "  Else mend the inputs, or take these tensors from another model by a rule, and start "
-        "over with --fresh."
+        + ("" if adding(plan.outputs) else _ALLOW)
+        + "\n  Mend the inputs, or take these tensors from another model by a rule, and start over "
+        "with --fresh."
     )
 
 
 # --- what is published beside the shards --------------------------------------------------------
-
-
-def _donors(plan: Plan, sources: Sources) -> tuple[Checkpoint, Checkpoint]:
-    """Whose configuration is used, and whose tokenizer."""
-    donor = sources[plan.outputs.donor]
-    tokenizer = plan.recipe.tokenizer_source
-    return donor, donor if tokenizer is None else sources[tokenizer]
 
 
 def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
@@ -486,7 +213,7 @@ def _files(ready: Prepared, ledger: Ledger) -> dict[str, bytes]:
         store = stores.open(checkpoint.url)
         return store.read(store.join(checkpoint.url, name))
 
-    donor, tokenizer = _donors(plan, ready.sources)
+    donor, tokenizer = donors(plan, ready.sources)
     files = assets.files_of(plan.recipe, plan.outputs, donor, tokenizer, read, version=__version__)
     files[RECIPE] = assets.public_text(plan.recipe.text).encode()
     files[PROVENANCE] = assets.provenance(

@@ -158,6 +158,26 @@ def philox_stream(key: int, first: int, count: int) -> npt.NDArray[np.uint32]:
 # --- exact sums ---------------------------------------------------------------------------------
 
 
+def expansion(terms: Iterable[float]) -> tuple[float, ...]:
+    """The exact sum of float64 numbers as a few of them, of which none overlaps another.
+
+    ``math.fsum`` of several such sums is that of all their terms, whatever was added up where.
+
+    Reference: Shewchuk. Adaptive precision floating-point arithmetic. 1997, figure 7.
+    """
+    found: list[float] = []
+    for term in terms:
+        left = []
+        for part in found:
+            large, small = (term, part) if abs(term) >= abs(part) else (part, term)
+            term = large + small
+            rest = small - (term - large)
+            if rest:
+                left.append(rest)
+        found = [*left, term]
+    return tuple(found) if all(map(math.isfinite, found)) else (sum(found),)
+
+
 class ExactSums:
     """Sums of float64 values, rounded once when they are asked for.
 

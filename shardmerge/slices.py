@@ -9,6 +9,7 @@ when all are there goes on. The last step takes over what all slices have writte
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -31,10 +32,11 @@ from shardmerge.execute import Progress, execute, measure
 from shardmerge.executors.api import Executor
 from shardmerge.layout import Shard
 from shardmerge.ledger import Ledger, fingerprint
-from shardmerge.merge import Prepared, Where, decisions_after, finish, prepare
+from shardmerge.merge import decisions_after, finish, give
 from shardmerge.methods.api import Decision, Kind, Over, Pass, info_of, levels_of
 from shardmerge.outputs.api import STAGING, PartKey
 from shardmerge.plan import MeasureTask
+from shardmerge.prepare import Prepared, Where, prepare
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import CLEARED, Published
 from shardmerge.records import record_of
@@ -55,6 +57,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 """Types of an order's values."""
 OTHERS_S = 60.0
 """Seconds that a slice waits for what others measure, before it gives its place to them."""
+PATIENCE = 10
+"""Times as long it waits since the last sign of life of others: a large matrix takes minutes."""
 _LOCK_S = 600.0
 _POLL_S = 1.0
 
@@ -245,8 +249,8 @@ def _work(
         ledger.decisions = {**main.decisions, **ledger.decisions}
         if ready.first is not None:
             _work(ready.first, index, count, progress, stop)
-            _publish_first(ready.first, count, stop)
-            ledger.record(decisions=decisions_after(ready))
+            _publish_first(ready.first, index, count, stop)
+            give(ledger, decisions_after(ready))
         writer = stack.enter_context(closing(output.writer(plan.shards, main.handles)))
         workers = stack.enter_context(executors.start("local", plan, writer, ready.stores, output))
         _Agreement(ready, ledger, workers, index, count, stop).reach()
@@ -263,27 +267,38 @@ def _work(
     return Sliced(index, count, len(own), nbytes)
 
 
-def _publish_first(first: Prepared, count: int, stop: threading.Event) -> None:
-    """Publish what all slices have written of a first plan; whoever comes first does it.
+def _publish_first(first: Prepared, index: int, count: int, stop: threading.Event) -> None:
+    """Publish what all slices have written of a first plan; whoever comes when all have does it.
 
     Raises:
-        Stopped: another slice has not written its share, and is not at work.
+        Stopped: another slice has not written its share, and nothing was written for long.
     """
-    until = time.monotonic() + OTHERS_S
-    while not is_published(first.output, first.plan, first.files):
-        try:
-            _publish(first)
-            return
-        except LockedError:
-            until = time.monotonic() + OTHERS_S  # somebody is at work
-        except PartsMissingError as problem:
-            if time.monotonic() > until:
-                raise Stopped(
-                    f"all {count} slices sum up first, and some have not yet: {problem}\n"
-                    "  Run all slices side by side, or this one again when they have."
-                ) from None
+    output = first.output
+    output.write(_written(index, count), b"")
+    until, before = 0.0, None
+    while not is_published(output, first.plan, first.files):
+        missing = [n for n in range(count) if output.size(_written(n, count)) is None]
+        if not missing:
+            with contextlib.suppress(LockedError):  # another slice does it
+                _publish(first)
+                return
+        journals = output.names(f"{STAGING}/")
+        alive = [(name, output.size(f"{STAGING}/{name}")) for name in journals]
+        if alive != before:
+            until, before = time.monotonic() + PATIENCE * OTHERS_S, alive
+        if time.monotonic() > until:
+            told = ", ".join(f"{number}/{count}" for number in missing[:5])
+            raise Stopped(
+                f"all slices sum up first, and slices {told} have not.\n"
+                "  Run all slices side by side, or this one again when they have."
+            )
         if stop.wait(_POLL_S):
             raise Stopped("stopped while other slices summed up; run this one again.")
+
+
+def _written(index: int, count: int) -> str:
+    """Name of the file that says that a slice has written its share of a first plan."""
+    return f"{STAGING}/written-{index}-of-{count}"
 
 
 @contextmanager

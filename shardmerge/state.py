@@ -20,12 +20,14 @@ class Model:
     Args:
         name: for people.
         versions: of its files, as they were read.
+        content: digest of its tensors' names, dtypes and shapes, and of elements of some of them.
     """
 
     name: str
     url: str
     revision: str | None
     versions: Mapping[str, str]
+    content: str = ""
 
     @property
     def model(self) -> ModelName:
@@ -44,6 +46,8 @@ class Step:
         scale: what the sum is multiplied with to give the merged model's task vector; 1 / lambda.
         added: seconds since 1970.
         folder: of its sum, in the state; None once it is no longer kept.
+        fingerprint: of the plan that made the sum.
+        versions: of the files of the sum, as they were written.
     """
 
     number: int
@@ -53,6 +57,17 @@ class Step:
     scale: float
     added: float
     folder: str | None
+    fingerprint: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number.
+
+        Raises:
+            ValueError: for a record that somebody has changed.
+        """
+        if not all(isinstance(value, float) for value in (self.norm, self.total, self.scale)):
+            raise ValueError(f"step {self.number} has a norm or scale that is no number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +91,10 @@ class Record:
     pending: Model | None = None
 
 
-def dropped(steps: Sequence[Step], keep: int) -> list[Step]:
-    """The steps whose sums are there and no longer kept."""
-    return [step for step in steps[: max(0, len(steps) - keep)] if step.folder is not None]
-
-
 def kept(steps: Sequence[Step], keep: int) -> tuple[Step, ...]:
     """The steps, of which the last ``keep`` have their sums."""
-    gone = {step.number for step in dropped(steps, keep)}
-    return tuple(replace(s, folder=None) if s.number in gone else s for s in steps)
+    first = max(0, len(steps) - keep)
+    return (*(replace(step, folder=None) for step in steps[:first]), *steps[first:])
 
 
 def as_json(record: Record) -> dict[str, object]:

@@ -102,7 +102,6 @@ class _Matrices:
         self._columns = place[1]
         self._width = columns
         self._start = block * block_numel(self._tensor.shape) + self._rows.start * columns
-        self._dtype = np.float64 if self._tensor.wide else np.float32
         self._refs = inputs_of(self._tensor)
         self._base: Window | None = None
         self.non_finite: set[int] = set()
@@ -118,11 +117,14 @@ class _Matrices:
         if self._base is None:
             self._base = self._window(0)
         with self._context.arena.borrowed():
-            values = self._values(1 + model, self._window(1 + model))
-            for rows, base in self._chunks(0, self._base):
-                values[rows] -= base
-                if not np.isfinite(base).all():
-                    self.non_finite.add(0)
+            values = self._empty()
+            chunks = zip(
+                self._chunks(1 + model, self._window(1 + model)),
+                self._chunks(0, self._base),
+                strict=True,
+            )
+            for (rows, chunk), (_, base) in chunks:
+                values[rows] = chunk - base  # in float64 if one of them is
         return values
 
     def extra(self, kind: str) -> Array | None:
@@ -131,8 +133,11 @@ class _Matrices:
         if not refs:
             return None
         number = self._refs.index(refs[0])
+        values = self._empty()
         with self._context.arena.borrowed():
-            return self._values(number, self._window(number))
+            for rows, chunk in self._chunks(number, self._window(number)):
+                values[rows] = chunk
+        return values
 
     def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
         """Where the plan's kernels run."""
@@ -147,14 +152,9 @@ class _Matrices:
         self._fetch(window.missing(self._start, self._start + count, [0]))
         return window
 
-    def _values(self, number: int, window: Window) -> Array:
+    def _empty(self) -> Array:
         width = len(range(self._width)[self._columns])
-        values = np.empty((len(self._rows), width), dtype=self._dtype)
-        for rows, chunk in self._chunks(number, window):
-            values[rows] = chunk
-            if not np.isfinite(chunk).all():
-                self.non_finite.add(number)
-        return values
+        return np.empty((len(self._rows), width), dtype=np.float32)
 
     def _chunks(self, number: int, window: Window) -> Iterator[tuple[slice, Array]]:
         """The values of some rows of an input at a time."""
@@ -164,8 +164,10 @@ class _Matrices:
             last = min(len(self._rows), first + step)
             start = self._start + first * self._width
             stored = window.view(0, start, start + (last - first) * self._width)
-            chunk = to_floats(stored, dtype).reshape(last - first, self._width)
-            yield slice(first, last), chunk[:, self._columns]
+            chunk = to_floats(stored, dtype).reshape(last - first, self._width)[:, self._columns]
+            if not np.isfinite(chunk).all():
+                self.non_finite.add(number)
+            yield slice(first, last), chunk
 
     def _fetch(self, missing: Sequence[Missing]) -> None:
         """Read while another worker computes."""

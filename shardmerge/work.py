@@ -22,7 +22,7 @@ from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Piece
 from shardmerge.memory import resident_bytes, tensor_numel, tile_bytes, tile_elements
 from shardmerge.methods.api import Over, Pass, info_of
-from shardmerge.numerics import ExactSums
+from shardmerge.numerics import expansion
 from shardmerge.outputs.api import Receipt, ShardWriter
 from shardmerge.plan import MeasureTask, MergeTask, Task
 from shardmerge.runs import Context, Decided, Seconds, TensorRun, levels_in
@@ -167,7 +167,7 @@ class Worker:
             self._context.peak_bytes = max(self._context.peak_bytes, anonymous_bytes())
             began = time.perf_counter()
             receipt = sink.finish(sorted(found))
-            receipts.append(dataclasses.replace(receipt, sums=_rounded(sums)))
+            receipts.append(dataclasses.replace(receipt, sums=_exact(sums)))
             self._context.seconds.write += time.perf_counter() - began
         return receipts
 
@@ -190,14 +190,9 @@ class Worker:
                 yield piece, run
 
 
-def _rounded(sums: Sequence[npt.NDArray[np.float64]]) -> tuple[float, ...]:
-    """The sums over all blocks, each rounded once."""
-    if not sums:
-        return ()
-    exact = ExactSums(sums[0].shape[1])
-    for part in sums:
-        exact.add(part)
-    return exact.rounded()
+def _exact(sums: Sequence[npt.NDArray[np.float64]]) -> tuple[tuple[float, ...], ...]:
+    """The sums over all blocks, none of them rounded."""
+    return tuple(expansion(column.tolist()) for column in np.concatenate(sums).T) if sums else ()
 
 
 def _together(plan: WorkPlan, pieces: Sequence[Piece], *, resident: bool) -> Iterator[list[Piece]]:

@@ -24,11 +24,11 @@ from shardmerge.kernels import cuda, cuda_code, cuda_driver, cuda_memory
 from shardmerge.kernels.device import Cpu, Device
 from shardmerge.kernels.trace import Kernels
 from shardmerge.layout import Shard
-from shardmerge.merge import Where, prepare
 from shardmerge.numerics import DType
 from shardmerge.outputs.api import STAGING
 from shardmerge.outputs.local import LEDGER_FILE as LEDGER
 from shardmerge.plan import Plan
+from shardmerge.prepare import Where, prepare
 from shardmerge.progress import Quiet
 from shardmerge.records import TASKS, TaskRecord
 from shardmerge.sources import Checkpoint

@@ -393,7 +393,7 @@ main(["merge", {path!r}, "out", "--quiet"])
 @pytest.mark.parametrize(
     ("arguments", "inside"),
     [
-        (("plan", "recipe.yml"), "shardmerge.merge.prepare"),
+        (("plan", "recipe.yml"), "shardmerge.prepare.prepare"),
         (("verify", "a"), "shardmerge.verify.verify"),
         (("diff", "a", "b"), "shardmerge.diff.diff"),
     ],

@@ -11,15 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
 from shardmerge import continual
 from shardmerge.cli import main
 from shardmerge.continual import State
-from shardmerge.errors import LockedError, OutputError, StateError, Stopped, UsageError
-from shardmerge.merge import Where, merge
+from shardmerge.errors import (
+    CheckpointError,
+    LockedError,
+    OutputError,
+    PlanError,
+    StateError,
+    Stopped,
+    UsageError,
+)
+from shardmerge.merge import merge
 from shardmerge.numerics import DType
+from shardmerge.prepare import Where
 from shardmerge.state import RECORD
-from shardmerge.stores import Stores
 from tests import support
 from tests.crash_child import SYNCS, Merges
 from tests.support import HALVES, tree, write_checkpoint, write_recipe
@@ -56,6 +67,25 @@ def published(state: State, out: Path, **more) -> dict:
 
 
 # --- what a state gives ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [(DType.F64, DType.BF16), (DType.F32, DType.F64)])
+def test_float64_among_others_changes_nothing(tmp_path, kinds):
+    """What is added is float32 whatever the others of a recipe are: one by one is the same."""
+    family = []
+    for seed in range(4):
+        specs = {"a.up.weight": (kinds[seed % 2], (24, 16)), "a.norm": (kinds[seed % 2], (24,))}
+        family.append(write_checkpoint(tmp_path / f"m{seed}", specs, seed=seed))
+    state = begun(tmp_path / "state", family, 3)
+    one_by_one = published(state, tmp_path / "one", dtype="float32")
+    recipe = {
+        "merge_method": "opcm",
+        "base_model": str(family[0]),
+        "models": [{"model": str(model)} for model in family[1:]],
+        "dtype": "float32",
+    }
+    merge(write_recipe(tmp_path / "r.yml", recipe), str(tmp_path / "all"), threads=1)
+    assert one_by_one == support.read_tensors(tmp_path / "all")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,7 +153,8 @@ def test_the_record_says_what_is_in_it(tmp_path, family, capsys):
     assert main(["continual", "status", str(tmp_path / "state"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [step["model"] for step in facts["steps"]] == list(map(str, family[1:4]))
-    assert facts["method"] == "opcm" and facts["parameters"] == {"alpha": 0.25}
+    assert facts["method"] == "opcm"
+    assert facts["parameters"] == {"alpha": 0.25, "project": "auto"}
     base, *models = map(_values, family[:4])
     for step, model in zip(facts["steps"], models, strict=True):
         squares = sum(float(((model[n] - base[n]) ** 2).sum()) for n in base)
@@ -145,8 +176,8 @@ def test_old_models_are_no_longer_needed(tmp_path, family):
 
 
 def test_a_sum_is_an_ordinary_checkpoint(tmp_path, family, capsys):
-    begun(tmp_path / "state", family, 2)
-    folder = tmp_path / "state" / "steps" / "000002"
+    state = begun(tmp_path / "state", family, 2)
+    folder = tmp_path / "state" / (state.record().steps[-1].folder or "")
     assert main(["verify", str(folder)]) == 0
     assert main(["inspect", str(folder)]) == 0
     assert "float32" in capsys.readouterr().out
@@ -174,25 +205,26 @@ def test_the_eighth_model_costs_what_the_second_did(tmp_path, family):
         state.add(str(model), WHERE)
     assert len(costs) == 7 and len(set(costs)) == 1
     elements = sum(math.prod(s) for d, s in TENSORS.values() if d.is_float)
-    stored = sum(math.prod(s) * d.itemsize for d, s in TENSORS.values() if d.is_float)
+    stored = sum(math.prod(s) * d.itemsize for d, s in TENSORS.values())
     assert costs[0][1] == 2 * stored + 4 * elements
 
 
 def test_a_step_opens_no_earlier_model(tmp_path, family, monkeypatch):
     state = begun(tmp_path / "state", family, 3)
+    sums = f"{tmp_path}/state/{state.record().steps[-1].folder}"
     opened = []
     real = continual.open_checkpoint
     monkeypatch.setattr(
         continual, "open_checkpoint", lambda url, *a: opened.append(url) or real(url, *a)
     )
-    from shardmerge import merge as merging
+    from shardmerge import prepare as preparing
 
     monkeypatch.setattr(
-        merging, "open_checkpoint", lambda url, *a: opened.append(url) or real(url, *a)
+        preparing, "open_checkpoint", lambda url, *a: opened.append(url) or real(url, *a)
     )
     state.add(str(family[4]), WHERE)
-    sums = f"{tmp_path}/state/steps/000003"
-    assert sorted(opened) == sorted([str(family[0]), str(family[4]), sums])
+    written = f"{tmp_path}/state/{state.record().steps[-1].folder}"
+    assert {str(family[0]), str(family[4]), sums, written} == set(opened)
 
 
 def test_the_plan_of_a_step_tells_the_disk(tmp_path, family, capsys):
@@ -220,12 +252,49 @@ def test_the_same_model_twice(tmp_path, family):
 
 def test_the_same_model_from_another_place(tmp_path, family):
     state = begun(tmp_path / "state", family, 2)
+    before = tree(tmp_path / "state")
     shutil.copytree(family[1], tmp_path / "copy")
-    with pytest.raises(StateError, match="exactly the task vector norm of step 1"):
+    with pytest.raises(StateError, match="holds the same elements as step 1"):
         state.add(str(tmp_path / "copy"), WHERE)
-    assert len(state.record().steps) == 2
-    assert state.undo().url == str(tmp_path / "copy")
+    assert tree(tmp_path / "state") == before
     assert state.add(str(family[3]), WHERE).number == 3
+
+
+def test_a_model_of_the_same_norm_is_another(tmp_path, family):
+    """Mirrored at the base model, of zeros."""
+    for name, factor in {"zero": 0.0, "one": 1.0, "other": -1.0}.items():
+        values = torch.randn(24, 16, generator=torch.Generator().manual_seed(1)) * factor
+        save_file({"model.up_proj.weight": values}, tmp_path / f"{name}.safetensors")
+    state = State(str(tmp_path / "state"))
+    state.init(str(tmp_path / "zero.safetensors"))
+    state.add(str(tmp_path / "one.safetensors"), WHERE)
+    assert state.add(str(tmp_path / "other.safetensors"), WHERE).number == 2
+
+
+def test_a_sum_that_somebody_changed(tmp_path, family):
+    state = begun(tmp_path / "state", family, 2)
+    sums = [tmp_path / "state" / (step.folder or "") for step in state.record().steps]
+    shutil.copytree(tmp_path / "state", tmp_path / "copied")
+    assert State(str(tmp_path / "copied")).add(str(family[3]), WHERE).number == 3
+    support.set_element(sums[1], "model.layers.0.norm.weight", 3, 7.0)
+    for act in (
+        lambda: state.add(str(family[3]), WHERE),
+        lambda: state.publish(str(tmp_path / "out"), WHERE),
+    ):
+        with pytest.raises(StateError, match="is not what was written"):
+            act()
+    shutil.rmtree(sums[0])
+    with pytest.raises(StateError, match="cannot be read"):
+        state.undo()
+    assert len(state.record().steps) == 2 and sums[1].exists()
+
+
+def test_nothing_is_published_into_a_state(tmp_path, family, monkeypatch):
+    state = begun(tmp_path / "state", family, 1)
+    monkeypatch.chdir(tmp_path)
+    for place in ("state", "state/out", "state/steps/000002", f"{tmp_path}/state/"):
+        with pytest.raises(OutputError, match="lies in the state"):
+            state.publish(place, WHERE)
 
 
 def test_another_base_model(tmp_path, family):
@@ -239,18 +308,128 @@ def test_another_base_model(tmp_path, family):
             act()
 
 
+def test_a_base_model_that_was_copied_back_is_the_same(tmp_path, family):
+    state = begun(tmp_path / "state", family, 1)
+    shutil.move(family[0], tmp_path / "away")
+    shutil.copytree(tmp_path / "away", family[0])
+    assert state.add(str(family[2]), WHERE).number == 2
+    shutil.rmtree(family[0])
+    with pytest.raises(CheckpointError):
+        state.publish(str(tmp_path / "out"), WHERE)
+    state.publish(str(tmp_path / "out"), WHERE, base=str(tmp_path / "away"))
+    assert state.add(str(family[3]), WHERE, base=str(tmp_path / "away")).number == 3
+    assert state.add(str(family[4]), WHERE).number == 4
+    with pytest.raises(StateError, match="--base"):
+        state.add(str(family[5]), WHERE, base=str(family[6]))
+
+
 def test_a_missing_and_an_extra_tensor(tmp_path, family):
     state = begun(tmp_path / "state", family, 1)
     fewer = {name: spec for name, spec in TENSORS.items() if "norm" not in name}
     more = {**TENSORS, "extra.weight": (DType.BF16, (4, 4))}
     other = {**TENSORS, "model.layers.0.up_proj.weight": (DType.BF16, (30, 25))}
-    for specs, words in ((fewer, "lacks 1 tensor"), (more, "the base model lacks"), (other, "")):
+    head = {**TENSORS, "lm_head.weight": (DType.BF16, (40, 24))}
+    for specs, words in (
+        (fewer, "lacks 1 tensor of the base model: model.layers.0.norm.weight"),
+        (more, "has 1 tensor that the base model lacks: extra.weight"),
+        (head, "has 1 tensor that the base model lacks: lm_head.weight"),
+        (other, r"up_proj.weight: \[30, 24\]"),
+    ):
         model = write_checkpoint(tmp_path / "odd", specs, seed=50)
-        with pytest.raises(Exception, match=words) as refused:
+        with pytest.raises((StateError, PlanError), match=words):
             state.add(str(model), WHERE)
-        assert "layers" in str(refused.value) or "extra" in str(refused.value)
         shutil.rmtree(model)
     assert state.record().pending is None and len(state.record().steps) == 1
+
+
+def test_integers_that_differ(tmp_path, family):
+    state = begun(tmp_path / "state", family, 1)
+    specs = {**TENSORS, "model.position_ids": (DType.I64, (1, 17))}
+    model = write_checkpoint(tmp_path / "odd", specs, seed=50)
+    support.set_element(model, "model.position_ids", 3, 99)
+    with pytest.raises(CheckpointError, match=r"model\.position_ids"):
+        state.add(str(model), WHERE)
+    state.undo()
+    assert state.add(str(family[2]), WHERE).number == 2
+
+
+def test_nan_is_refused_with_what_helps_in_a_state(tmp_path, family):
+    state = begun(tmp_path / "state", family, 1)
+    support.set_element(family[2], "model.layers.0.up_proj.weight", 3, math.nan)
+    with pytest.raises(StateError, match="continual undo") as refused:
+        state.add(str(family[2]), WHERE)
+    assert "allow_non_finite" not in str(refused.value)
+    state.undo()
+    assert state.add(str(family[3]), WHERE).number == 2
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        '{tensors: "*up_proj*", merge_method: task_arithmetic, parameters: {weight: 0.3}}',
+        '{tensors: "*", from: base}',
+    ],
+)
+def test_rules_that_leave_tensors_to_other_methods(tmp_path, family, rule):
+    """What is not added would be the base model's in what is published."""
+    state = begun(tmp_path / "state", family, 0, rules=f"- {rule}")
+    with pytest.raises(StateError, match="a state adds"):
+        state.add(str(family[1]), WHERE)
+
+
+def test_rules_are_the_same_in_what_is_published(tmp_path, family):
+    rules = """
+    - {tensors: "*up_proj*", parameters: {project: never}}
+    - {tensors: "*norm*", from: base}
+    - {tensors: "*embed*", drop: true}
+    """
+    state = begun(tmp_path / "state", family, 2, rules=rules)
+    got = published(state, tmp_path / "out", dtype="float32")
+    recipe = {
+        "merge_method": "opcm",
+        "base_model": str(family[0]),
+        "models": [{"model": str(model)} for model in family[1:3]],
+        "rules": yaml.safe_load(rules),
+        "dtype": "float32",
+    }
+    merge(write_recipe(tmp_path / "r.yml", recipe), str(tmp_path / "all"), threads=1)
+    assert got == support.read_tensors(tmp_path / "all")
+    assert "model.embed_tokens.weight" not in got
+
+
+def test_what_is_published_tells_its_models(tmp_path, family):
+    """The recipe beside it, of opcm, gives the same bytes again."""
+    state = begun(tmp_path / "state", family, 3)
+    state.publish(str(tmp_path / "out"), WHERE, dtype="float32")
+    recipe = tmp_path / "out" / "shardmerge_recipe.yml"
+    merge(str(recipe), str(tmp_path / "again"), threads=1)
+    assert support.digests(tmp_path / "again") == support.digests(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(model.name in card for model in family[:4])
+    other = begun(tmp_path / "other", family, 2, method="ties")
+    other.publish(str(tmp_path / "ties"), WHERE)
+    assert "merge_method: ties" in (tmp_path / "ties" / "shardmerge_recipe.yml").read_text()
+
+
+def test_fp8_models(tmp_path):
+    places = {"bf16": tmp_path / "bf16.safetensors", "e4m3": tmp_path / "e4m3.safetensors"}
+    for seed, (name, path) in enumerate(places.items()):
+        values = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+        kind = torch.bfloat16 if name == "bf16" else torch.float8_e4m3fn
+        norm = torch.full((16,), seed + 0.5, dtype=torch.bfloat16)
+        save_file({"model.up_proj.weight": values.to(kind), "model.norm.weight": norm}, path)
+    state = State(str(tmp_path / "state"))
+    state.init(str(places["bf16"]))
+    state.add(str(places["e4m3"]), WHERE)
+    state.publish(str(tmp_path / "out"), WHERE)
+    found = support.read_tensors(tmp_path / "out")
+    assert {dtype for dtype, _, _ in found.values()} == {DType.BF16}
+    eighth = State(str(tmp_path / "eighth"))
+    eighth.init(str(places["e4m3"]))
+    eighth.add(str(places["bf16"]), WHERE)
+    with pytest.raises(UsageError, match="--dtype bfloat16"):
+        eighth.publish(str(tmp_path / "out8"), WHERE)
+    eighth.publish(str(tmp_path / "out8"), WHERE, dtype="bfloat16")
 
 
 def test_two_at_a_time(tmp_path, family):
@@ -304,9 +483,13 @@ def test_places_that_are_no_states(tmp_path, family):
         state.publish(str(tmp_path / "out"), WHERE)
     with pytest.raises(StateError, match="no step"):
         state.undo()
-    (tmp_path / "state" / RECORD).write_text('{"shardmerge state": 1}')
-    with pytest.raises(StateError, match="damaged"):
-        state.record()
+    state.add(str(family[1]), WHERE)
+    record = json.loads((tmp_path / "state" / RECORD).read_text())
+    record["steps"][0]["norm"] = "x"
+    for text in ('{"shardmerge state": 1}', "[", json.dumps(record)):
+        (tmp_path / "state" / RECORD).write_text(text)
+        with pytest.raises(StateError, match="damaged"):
+            state.record()
 
 
 # --- undo, keep -----------------------------------------------------------------------------------
@@ -328,12 +511,16 @@ def test_undo_goes_back_one_step(tmp_path, family):
 
 def test_so_many_sums_stay(tmp_path, family):
     state = begun(tmp_path / "state", family, 5, keep=3)
-    folders = sorted(path.name for path in (tmp_path / "state" / "steps").iterdir())
-    assert folders == ["000003", "000004", "000005"]
+    assert _numbers(tmp_path / "state") == [3, 4, 5]
     state.add(str(family[6]), WHERE, keep=1)
-    assert [path.name for path in (tmp_path / "state" / "steps").iterdir()] == ["000006"]
+    assert _numbers(tmp_path / "state") == [6]
     with pytest.raises(StateError, match="is not kept"):
         state.undo()
+
+
+def _numbers(state: Path) -> list[int]:
+    """Of the steps whose sums are there."""
+    return sorted(int(path.name.partition("-")[0]) for path in (state / "steps").iterdir())
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -400,7 +587,44 @@ def _sums(state: State) -> tuple[list[float], bytes]:
     return [step.total for step in record.steps], (folder / "model.safetensors").read_bytes()
 
 
-def test_stores_are_of_the_settings_given(tmp_path, family):
-    """A state in a place that cannot be written to is refused before anything is read."""
+def test_a_state_cannot_be_everywhere():
     with pytest.raises(UsageError, match="local folder"):
-        State("hf://org/name", Stores().settings)
+        State("hf://org/name")
+
+
+def test_a_scale_of_zero_is_told(tmp_path, family, capsys):
+    state = str(tmp_path / "state")
+    init = ["continual", "init", state, "--base", str(family[0]), "--method", "task_arithmetic"]
+    assert main([*init, "--set", "lambda=0"]) == 0
+    assert main(["continual", "add", state, str(family[1]), "--quiet"]) == 0
+    assert main(["continual", "status", state]) == 0
+    assert "lambda inf" in capsys.readouterr().out
+
+
+def test_rules_that_are_no_yaml(tmp_path, family, capsys):
+    (tmp_path / "rules.yml").write_text("- {tensors: [}")
+    init = ["continual", "init", str(tmp_path / "state"), "--base", str(family[0])]
+    assert main([*init, "--rules", str(tmp_path / "rules.yml")]) == 2
+    assert "RecipeError: rules" in capsys.readouterr().err
+
+
+def test_a_sum_of_another_model_is_never_taken_for_ones_own(tmp_path, family):
+    """Sums lie in folders of their own, whatever was undone."""
+    state = begun(tmp_path / "state", family, 2)
+    first = state.record().steps[-1].folder
+    state.undo()
+    assert state.add(str(family[3]), WHERE).folder != first
+    state.undo()
+    assert state.add(str(family[2]), WHERE).folder == first
+
+
+def test_what_a_killed_clean_up_left_is_removed(tmp_path, family, monkeypatch):
+    state = begun(tmp_path / "state", family, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "_sweep", lambda *_: False)
+        state.add(str(family[3]), WHERE)
+    assert _numbers(tmp_path / "state") == [1, 2, 3]
+    assert state.add(str(family[3]), WHERE).number == 3  # the same command ends what was begun
+    assert _numbers(tmp_path / "state") == [2, 3]
+    with pytest.raises(StateError, match="is in"):
+        state.add(str(family[3]), WHERE)

@@ -18,7 +18,8 @@ from shardmerge.kernels import cuda_driver, cuda_memory, device, linalg
 from shardmerge.kernels.cuda import Cuda
 from shardmerge.kernels.device import choose_device, open_device
 from shardmerge.kernels.trace import Kernels
-from shardmerge.merge import Where, merge, prepare
+from shardmerge.merge import merge
+from shardmerge.prepare import Where, prepare
 from tests import support
 from tests.emulated_cuda import EmulatedDriver
 from tests.support import LACKING, digests, recipe_of, write_checkpoint, write_recipe

@@ -21,10 +21,11 @@ from shardmerge.kept import adding
 from shardmerge.layout import Spec, lay_out
 from shardmerge.matrices import matrices_in, matrix_shapes, split_problem
 from shardmerge.memory import matrix_bytes
-from shardmerge.merge import Where, merge, prepare
+from shardmerge.merge import merge
 from shardmerge.methods.opcm import Opcm, Projected, cleaned
 from shardmerge.numerics import DType
 from shardmerge.plan import MergeTask
+from shardmerge.prepare import Where, prepare
 from shardmerge.recipe import Recipe, Split
 from shardmerge.report import read_records
 from shardmerge.stores import Stores

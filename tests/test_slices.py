@@ -27,9 +27,10 @@ from shardmerge.errors import (
     UsageError,
 )
 from shardmerge.layout import Spec, lay_out
-from shardmerge.merge import Where, merge, prepare
+from shardmerge.merge import merge
 from shardmerge.numerics import DType
 from shardmerge.outputs.local import LocalOutput
+from shardmerge.prepare import Where, prepare
 from shardmerge.report import read_records
 from shardmerge.slices import load_order, publish_slices, save_order, share, work_slice
 from shardmerge.stores import Stores

@@ -12,29 +12,45 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from threadpoolctl import ThreadpoolController
+import threadpoolctl
 
 _LOCK = threading.Lock()
 _USERS: list[Any] = []
-"""What gives the threads back, once, while anybody computes; and one entry for each who does."""
+"""What gives the threads back, once for each who computes now."""
 
 
 @cache
-def _controller() -> ThreadpoolController:
+def _controller() -> threadpoolctl.ThreadpoolController:
     import numpy.linalg  # noqa: F401  only libraries that are loaded can be told
 
-    return ThreadpoolController()
+    return threadpoolctl.ThreadpoolController()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Linear algebra uses one thread; until the last who asked for it leaves."""
     with _LOCK:
-        _USERS.append(_controller().limit(limits=1, user_api="blas") if not _USERS else _USERS[0])
+        if not _USERS:
+            _take_control()
+        _USERS.append(_USERS[0] if _USERS else _controller().limit(limits=1, user_api="blas"))
     try:
         yield
     finally:
         with _LOCK:
             limit = _USERS.pop()
             if not _USERS:
+                _take_control()
                 limit.restore_original_limits()
+                _take_control()
+
+
+def _take_control() -> None:
+    """Let this thread set what is one number for the process.
+
+    Since version 3.8 threadpoolctl does nothing, and says nothing, in other threads than the first
+    that did; here all of them mean the same.
+    """
+    controller = getattr(threadpoolctl, "OpenBLASController", None)
+    clear = getattr(controller, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)

@@ -6,6 +6,7 @@ Code for whole matrices is written once, for a namespace of arrays (``xp``) that
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -45,15 +46,17 @@ class OnTorch:
 
         self._torch = torch
         self._place = place
+        self._alone = threading.Lock()
 
     def __call__(self, function: Callable[..., Any], *matrices: Matrix) -> Matrix:
         """Copy matrices there, and the result back."""
-        moved = [
-            self._torch.from_numpy(np.ascontiguousarray(matrix)).to(self._place)
-            for matrix in matrices
-        ]
         try:
-            result: Matrix = function(*moved, xp=self._torch).cpu().numpy()
+            with self._alone:  # one matrix keeps the device busy, and its memory is not planned
+                moved = [
+                    self._torch.from_numpy(np.ascontiguousarray(matrix)).to(self._place)
+                    for matrix in matrices
+                ]
+                result: Matrix = function(*moved, xp=self._torch).cpu().numpy()
         except self._torch.OutOfMemoryError as problem:
             shape = "x".join(map(str, matrices[0].shape))
             raise DeviceError(

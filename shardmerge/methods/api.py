@@ -523,8 +523,8 @@ Decisions = Mapping[str, Decision | None]
 class Matrices(Protocol):
     """One matrix of every input: what a pass that needs whole matrices sees.
 
-    Values are float32 (float64 for float64 inputs), shape [rows, columns]. What is asked for is
-    read then, into memory that the next call may use again: copy what is to stay.
+    Values are float32, shape [rows, columns]; task vectors of float64 inputs are rounded to it
+    once. What is asked for is read then.
     """
 
     @property
@@ -532,7 +532,7 @@ class Matrices(Protocol):
         """How many models there are."""
 
     def delta(self, model: int) -> Array:
-        """The task vector of a model: model - base; an array of its own."""
+        """The task vector of a model: model - base."""
 
     def extra(self, kind: str) -> Array | None:
         """The first matrix of further checkpoints of this kind; None where there is none."""

@@ -26,6 +26,7 @@ from shardmerge.methods.api import (
     merge_method,
     merges,
     parameter,
+    running_sum,
     settle,
     single,
     sums,
@@ -37,18 +38,19 @@ _SQUARED_AT_ONCE = 2**16
 
 
 def added(tile: Tile) -> Expr:
-    """The sum so far and the task vectors; float32 after each, as if each had been added alone."""
-    state = tile.extras.get("state", ())
-    total, *others = (*state, *tile.deltas)
-    total = single(total)
-    for delta in others:
-        total = single(total + delta)
-    return total
+    """The sum so far and the task vectors; float32 after each, as if each had been added alone.
+
+    A task vector is rounded to float32 first. So it does not matter whether it was computed in
+    float64, because another model of the recipe is.
+    """
+    terms = (*tile.extras.get("state", ()), *tile.deltas)
+    return running_sum([single(term) for term in terms])
 
 
 def norms_of(tile: Tile, written: Expr) -> Totals:
     """Sums of squares of each task vector, and of the sum."""
-    return Totals(tuple(wide(value) * wide(value) for value in (*tile.deltas, written)))
+    values = [single(value) for value in (*tile.deltas, written)]
+    return Totals(tuple(wide(value) * wide(value) for value in values))
 
 
 def squares(values: Array) -> float:

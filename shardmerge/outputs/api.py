@@ -43,7 +43,8 @@ class Receipt:
             that are there from those of bytes that somebody has removed since.
         non_finite: (tensor number, input number) of inputs that hold NaN or infinity in it; input
             -1 is the result of finite inputs.
-        sums: of the elements in it, where the method sums up while it merges.
+        sums: of the elements in it, where the method sums up while it merges; each is exact, as a
+            few numbers that add up to it.
     """
 
     shard: int
@@ -52,7 +53,7 @@ class Receipt:
     crc32: int
     tag: str = ""
     non_finite: tuple[tuple[int, int], ...] = ()
-    sums: tuple[float, ...] = ()
+    sums: tuple[tuple[float, ...], ...] = ()
 
     @property
     def key(self) -> PartKey:

@@ -172,6 +172,11 @@ class _OpenFiles:
             for path in list(self._by_path):
                 self.forget(path)
 
+    def __del__(self) -> None:
+        """Nobody reads any more."""
+        for file in self._by_path.values():
+            os.close(file.descriptor)
+
     def _take(self, path: str) -> _OpenFile:
         with self._changed:
             while True:

@@ -16,11 +16,11 @@ from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.executors.api import Executor
 from shardmerge.header import write_header
 from shardmerge.layout import SINGLE_SHARD
-from shardmerge.merge import Where, prepare
 from shardmerge.numerics import DType
 from shardmerge.outputs.api import STAGING, Output, ShardWriter
 from shardmerge.outputs.local import LocalOutput
 from shardmerge.plan import Plan, Task
+from shardmerge.prepare import Where, prepare
 from shardmerge.work import Done
 
 SAFE_S = 60.0
