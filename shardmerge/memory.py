@@ -254,7 +254,7 @@ def _matrix_too_large(tensor: OutputTensor, memory_bytes: int, beside: int) -> M
         "float64.\n"
         f"  Give --memory {math.ceil((needed + beside) / 2**20)}MiB or more, or another method for "
         f'these tensors by a rule: {{tensors: "{_glob(tensor.name)}", merge_method: '
-        "task_arithmetic}."
+        "task_arithmetic};\n  in a state of continual merging: parameters: {project: never}."
     )
 
 

@@ -194,7 +194,8 @@ def test_the_same_bytes_as_a_local_merge(family, place, tmp_path, method):
     tensors = {"linear": 2, "opcm": 5}.get(method, 3)  # opcm: the base model again, and the sum
     assert 0 < published.requests < len(SPECS) * tensors
     ranges = [line for line in proxy.log if line[1] == "GET" and ".safetensors" in line[2]]
-    assert len(ranges) < 100
+    # The inputs of a matrix are asked for one by one, as it is one at a time that is in memory.
+    assert len(ranges) < (150 if method == "opcm" else 100)
 
 
 def test_ceph_as_well(family, rgw, tmp_path, monkeypatch):
