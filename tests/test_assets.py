@@ -352,6 +352,7 @@ def test_provenance() -> None:
         files={"config.json": b"{}", "README.md": b"# A model"},
         non_finite=0,
         notes=[f"x: only in {url}; copied from it"],
+        sums=(0.1, 2.0),
     )
     found = json.loads(content)
     assert found["files"] == {"config.json": {"bytes": 2, "crc32": f"{zlib.crc32(b'{}'):08x}"}}
@@ -364,7 +365,9 @@ def test_provenance() -> None:
         "files",
         "non_finite_tensors",
         "notes",
+        "sums",
     ]
+    assert found["sums"] == [0.1, 2.0]
     assert found["sources"] == {
         "https://host/models/a": {
             "url": "https://host/models/a",
