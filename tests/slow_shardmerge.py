@@ -35,7 +35,7 @@ def slow(kind: Any) -> None:
 if __name__ == "__main__":
     layout.PART_BYTES = 2**17
     layout.LEAST_PART_BYTES = 2**12
-    placement.UNIT_TASKS = 1
+    placement.UNIT_TASKS = placement.SMALL_UNITS = 1
     execute.COMMIT_S = 0.2
     slow(local.LocalExecutor)
     if "ray" in sys.argv:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shardmerge import cli, errors
+from shardmerge import arguments, errors
 from shardmerge.merge import merge
 from shardmerge.numerics import DType
 from shardmerge.outputs.local import LEDGER_FILE
@@ -348,7 +348,7 @@ COMMANDS = {"merge", "plan", "worker", "publish", "verify", "clean"}
 
 def test_the_files_use_what_the_command_line_has():
     commands: Any = next(
-        action for action in cli._parser()._actions if isinstance(action.choices, dict)
+        action for action in arguments.parser()._actions if isinstance(action.choices, dict)
     )
     there = {
         (name, option)
