@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,24 @@ def bucket(swift: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in swift.env().items():
         monkeypatch.setenv(name, value)
     return f"s3://{swift.make_bucket()}"
+
+
+_STATUS: list[int] = []
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    _STATUS.append(int(exitstatus))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End at once where Ray was used in this process, when all that is to be told was told.
+
+    Its calls outlive ``ray.shutdown``: threads of gRPC have jumped into freed memory while the
+    interpreter ended (the kernel's log had an address in the text of a request of Ray's), and a
+    run whose tests had all ended was one that had crashed.
+    """
+    if _STATUS and "ray" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_STATUS[-1])
