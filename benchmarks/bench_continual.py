@@ -23,7 +23,7 @@ def main() -> None:
     parser = harness.arguments(__doc__, family="0.3B")
     parser.add_argument("--models", type=int, default=8, help="that are added (default 8)")
     parser.add_argument("--method", default="opcm", help="of the state (default opcm)")
-    parser.add_argument("--memory", default="1GiB", help="budget of each step (default 1GiB)")
+    parser.add_argument("--memory", default="2GiB", help="budget of each step (default 2GiB)")
     args = parser.parse_args()
     place = Workplace(args.dir, "continual")
     family = make(llama(args.family), place.families, models=args.models, seed=args.seed)
