@@ -98,28 +98,35 @@ def _let_go() -> None:
 def _merge(options: argparse.Namespace) -> int:
     from shardmerge.merge import merge
 
+    with _running(options) as (display, stop):
+        published = merge(
+            options.recipe,
+            options.out,
+            executor=options.executor,
+            address=options.address,
+            memory_bytes=options.memory,
+            threads=options.threads,
+            device=options.device,
+            gpus=options.gpus,
+            overwrite=options.overwrite,
+            fresh=options.fresh,
+            progress=display,
+            stop=stop,
+            settings=settings_of(options),
+        )
+    return _tell_published(published, as_json=options.json)
+
+
+@contextlib.contextmanager
+def _running(options: argparse.Namespace) -> Iterator[tuple[Display, threading.Event]]:
+    """What shows a run as the options ask for it, and the event that stops it."""
     display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
     # What a library prints goes to stderr too: stdout is for results.
     with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
         try:
-            published = merge(
-                options.recipe,
-                options.out,
-                executor=options.executor,
-                address=options.address,
-                memory_bytes=options.memory,
-                threads=options.threads,
-                device=options.device,
-                gpus=options.gpus,
-                overwrite=options.overwrite,
-                fresh=options.fresh,
-                progress=display,
-                stop=stop,
-                settings=settings_of(options),
-            )
+            yield display, stop
         finally:
             display.close()
-    return _tell_published(published, as_json=options.json)
 
 
 def _tell_published(published: Published, *, as_json: bool) -> int:
@@ -373,23 +380,19 @@ def _continual_init(options: argparse.Namespace) -> int:
 
 def _continual_add(options: argparse.Namespace) -> int:
     where = _where(options)
-    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
-    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
+    with _running(options) as (display, stop):
         state = _state(options, stop)
         if options.plan:
             ready = state.plan_add(options.model, where)
         else:
-            try:
-                step = state.add(
-                    options.model,
-                    where,
-                    name=options.name,
-                    keep=options.keep,
-                    base=options.base,
-                    progress=display,
-                )
-            finally:
-                display.close()
+            step = state.add(
+                options.model,
+                where,
+                name=options.name,
+                keep=options.keep,
+                base=options.base,
+                progress=display,
+            )
     if options.plan:
         from shardmerge.describe import describe_plan, plan_text
 
@@ -417,20 +420,16 @@ def _continual_status(options: argparse.Namespace) -> int:
 
 def _continual_publish(options: argparse.Namespace) -> int:
     where = _where(options)
-    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
-    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
-        try:
-            published = _state(options, stop).publish(
-                options.out,
-                where,
-                dtype=options.dtype,
-                base=options.base,
-                overwrite=options.overwrite,
-                fresh=options.fresh,
-                progress=display,
-            )
-        finally:
-            display.close()
+    with _running(options) as (display, stop):
+        published = _state(options, stop).publish(
+            options.out,
+            where,
+            dtype=options.dtype,
+            base=options.base,
+            overwrite=options.overwrite,
+            fresh=options.fresh,
+            progress=display,
+        )
     return _tell_published(published, as_json=options.json)
 
 
