@@ -284,14 +284,11 @@ class State:
         """The plan of one more step, and the checkpoints it reads."""
         if model == record.base.model:
             raise StateError(f"{model} is the base model of {self.url}; add its fine-tunes.")
-        added = open_checkpoint(model.url, model.revision, self._stores)
-        refuse_known(record, model, added, self.url)
-        place = (
-            f"{self.url}/{folder_of(record, Model('', model.url, model.revision, added.versions))}"
-        )
-        planner = Planner(place, where, self._stores, self._stop)
+        planner = Planner(self.url, where, self._stores, self._stop)
         recipe = recipe_of(record, model, dtype="float32")
         sources, outputs = planner.read(recipe)
+        added = sources[model]
+        refuse_known(record, model, added, self.url)
         self._refuse_base(record, sources[record.base.model])
         refuse_other_tensors(model, added, sources[record.base.model])
         refuse_other_methods(recipe, outputs, record)
@@ -309,6 +306,8 @@ class State:
             state=state,
             integers=True,
         )
+        folder = folder_of(record, Model("", model.url, model.revision, added.versions))
+        planner = replace(planner, out=f"{self.url}/{folder}")
         settings = json.dumps(dict(record.parameters), sort_keys=True)
         step = f"{record.method} {settings} {len(record.steps) + 1}"
         return planner.plan(told(recipe, record, model, None), everything, made, step=step), sources
