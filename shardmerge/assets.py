@@ -416,6 +416,15 @@ def _without_paths(text: str, models: Iterable[ModelName]) -> str:
 # --- provenance ---------------------------------------------------------------------------------
 
 
+def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, object]]:
+    """Size and CRC-32 of each file; not of the model card, since cards are edited."""
+    return {
+        name: {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+        for name, content in files.items()
+        if name != CARD
+    }
+
+
 def provenance(
     *,
     version: str,
@@ -453,11 +462,7 @@ def provenance(
             for name, checkpoint in sources.items()
         },
         "shards": {name: dict(found) for name, found in shards.items()},
-        "files": {
-            name: {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
-            for name, content in files.items()
-            if name != CARD
-        },
+        "files": checksums(files),
         "non_finite_tensors": non_finite,
         "notes": [public_text(note) for note in notes],
     }

@@ -32,7 +32,7 @@ from shardmerge.publish import PROVENANCE, RECIPE, Published, publish, shard_che
 from shardmerge.recipe import Recipe
 from shardmerge.records import TASKS, TaskRecord, from_parquet, to_parquet
 from shardmerge.sources.tensor import Checkpoint
-from shardmerge.staging import is_published, refuse_occupied, refuse_sources, staging, sweep
+from shardmerge.staging import refuse_occupied, refuse_sources, staging, sweep
 from shardmerge.stores import Settings, Stores
 
 
@@ -87,11 +87,11 @@ def run(
     plan, output, stores = ready.plan, ready.output, ready.stores
     refuse_sources(output, ready.sources)
     files = ready.files
-    if not fresh and is_published(output, plan, files):
+    if not fresh and ready.is_published():
         sweep(output)
         return ready.published(already=True)
     with output.locked():
-        if not fresh and is_published(output, plan, files):  # by a run that was waited for
+        if not fresh and ready.is_published():  # by a run that was waited for
             output.tidy()
             return ready.published(already=True)
         with staging(output, plan, files, overwrite=overwrite, fresh=fresh) as (ledger, writer):

@@ -76,6 +76,37 @@ def to_floats(stored: npt.NDArray[np.uint8], dtype: DType) -> npt.NDArray[np.flo
     raise ValueError(f"{dtype.torch_name} has no values of its own")
 
 
+def to_stored(values: npt.NDArray[np.floating], dtype: DType) -> npt.NDArray[np.uint8]:
+    """The stored bytes of values, flat: rounded once, to nearest, ties to even.
+
+    Args:
+        values: float32 or float64, any shape.
+        dtype: float64, float32, float16 or bfloat16.
+    """
+    flat = values.reshape(-1)
+    if dtype is DType.BF16:
+        return _to_bfloat16(flat).view(np.uint8)
+    kinds = {DType.F64: np.float64, DType.F32: np.float32, DType.F16: np.float16}
+    with np.errstate(over="ignore"):  # infinity is the nearest
+        return np.ascontiguousarray(flat, dtype=kinds[dtype]).view(np.uint8)
+
+
+def _to_bfloat16(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values, dtype=np.float32)
+    bits = single.view(np.uint32).copy()
+    if values.dtype == np.float64:
+        # Rounded to odd, a float32 holds all that the second rounding has to know of a float64.
+        larger = np.abs(single.astype(np.float64)) > np.abs(values)
+        inexact = single.astype(np.float64) != values
+        bits -= larger
+        bits |= inexact
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    nan = np.isnan(single)
+    rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded.astype(np.uint16)
+
+
 def promote(dtypes: Iterable[DType]) -> DType:
     """The smallest floating dtype that holds every value of ``dtypes``: of both halves, float32.
 

@@ -30,6 +30,7 @@ from shardmerge.recipe_yaml import read_yaml
 from shardmerge.records import TASKS
 from shardmerge.sources import Twins, open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
+from shardmerge.staging import is_published
 from shardmerge.stores import Settings, Stores
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
@@ -63,6 +64,11 @@ class Prepared:
         """Names of every file of the checkpoint that is not a shard or the index."""
         donor, tokenizer = donors(self.plan, self.sources)
         return [*assets.names_of_files(donor, tokenizer), RECIPE, PROVENANCE, TASKS]
+
+    def is_published(self) -> bool:
+        """Whether the checkpoint is there, complete as far as names, sizes and headers tell."""
+        allow = self.plan.recipe.allow_non_finite
+        return is_published(self.output, self.plan, self.files, allow_non_finite=allow)
 
     def published(self, *, already: bool) -> Published:
         """What is told of a published checkpoint.

@@ -40,7 +40,7 @@ from shardmerge.prepare import Prepared, Where, prepare
 from shardmerge.progress import Quiet, counted
 from shardmerge.publish import CLEARED, Published
 from shardmerge.records import record_of
-from shardmerge.staging import is_published, refuse_sources, staging, sweep
+from shardmerge.staging import refuse_sources, staging, sweep
 from shardmerge.stores import Settings, is_remote
 from shardmerge.summaries import Summary, Summing, settle
 
@@ -236,7 +236,7 @@ def _work(
     own = share(plan.shards, count, whole_shards=output.whole_shards)[index]
     with ExitStack() as stack:
         with _turn(ready, stop):
-            if is_published(output, plan, ready.files):
+            if ready.is_published():
                 output.tidy()
                 return Sliced(index, count, 0, 0, already=True)
             with staging(output, plan, ready.files, alone=False) as (main, _):
@@ -276,7 +276,7 @@ def _publish_first(first: Prepared, index: int, count: int, stop: threading.Even
     output = first.output
     output.write(_written(index, count), b"")
     until, before = 0.0, None
-    while not is_published(output, first.plan, first.files):
+    while not first.is_published():
         missing = [n for n in range(count) if output.size(_written(n, count)) is None]
         if not missing:
             with contextlib.suppress(LockedError):  # another slice does it
@@ -426,7 +426,7 @@ def publish_slices(order: Order, *, stop: threading.Event | None = None) -> Publ
 
 def _publish(ready: Prepared) -> Published:
     plan, output = ready.plan, ready.output
-    if is_published(output, plan, ready.files):
+    if ready.is_published():
         sweep(output)
         return ready.published(already=True)
     with output.locked(), staging(output, plan, ready.files) as (ledger, _):

@@ -6,15 +6,28 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from shardmerge.errors import LockedError, OutputError, StoreError
+from shardmerge.layout import Shard
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.outputs.api import Output, ShardWriter
-from shardmerge.plan import Plan
 from shardmerge.publish import CLEARED, INDEX, PROVENANCE, is_weights, occupants
 from shardmerge.recipe import ModelName
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.stores import is_remote
+
+
+class Laid(Protocol):
+    """What is to be published: a plan, or a checkpoint that is computed."""
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """In the order of their numbers."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that their bytes depend on."""
 
 
 def refuse_sources(output: Output, sources: Mapping[ModelName, Checkpoint]) -> None:
@@ -36,26 +49,29 @@ def _same_place(a: str, b: str) -> bool:
     return here.exists() and there.exists() and here.samefile(there)
 
 
-def is_published(output: Output, plan: Plan, files: Sequence[str]) -> bool:
+def is_published(
+    output: Output, laid: Laid, files: Sequence[str], *, allow_non_finite: bool = False
+) -> bool:
     """Whether OUT holds what this plan makes, complete as far as names, sizes and headers tell.
 
     Args:
         files: names of the output's other files.
+        allow_non_finite: whether NaN and infinity may be in it.
     """
     try:
-        last = INDEX if len(plan.shards) > 1 else plan.shards[0].name
+        last = INDEX if len(laid.shards) > 1 else laid.shards[0].name
         if output.size(last) is None:
             return False
         record = json.loads(output.read(PROVENANCE))
         shards = record["shards"]
         return bool(
-            record["fingerprint"] == fingerprint(plan.identity)
-            and (plan.recipe.allow_non_finite or not record["non_finite_tensors"])
+            record["fingerprint"] == fingerprint(laid.identity)
+            and (allow_non_finite or not record["non_finite_tensors"])
             and all(output.size(name) is not None for name in files)
             and all(
                 output.size(shard.name) == shards[shard.name]["bytes"]
                 and output.read(shard.name, len(shard.header)) == shard.header
-                for shard in plan.shards
+                for shard in laid.shards
             )
         )
     except (OSError, StoreError, OutputError, ValueError, KeyError, TypeError):
@@ -65,7 +81,7 @@ def is_published(output: Output, plan: Plan, files: Sequence[str]) -> bool:
 @contextmanager
 def staging(
     output: Output,
-    plan: Plan,
+    laid: Laid,
     files: Sequence[str],
     *,
     overwrite: bool = False,
@@ -80,12 +96,12 @@ def staging(
         LockedError: a slice is at work.
     """
     if fresh:
-        _start_over(output, plan, files, overwrite=overwrite)
-    with closing(Ledger(output.journal(), plan.identity)) as ledger:
+        _start_over(output, laid, files, overwrite=overwrite)
+    with closing(Ledger(output.journal(), laid.identity)) as ledger:
         if alone:
-            _take_over(output, plan, ledger)
-        _recover(output, plan, files, ledger, overwrite=overwrite)
-        with closing(output.writer(plan.shards, ledger.handles)) as writer:
+            _take_over(output, laid, ledger)
+        _recover(output, laid, files, ledger, overwrite=overwrite)
+        with closing(output.writer(laid.shards, ledger.handles)) as writer:
             yield ledger, writer
 
 
@@ -96,12 +112,12 @@ def sweep(output: Output) -> None:
             output.tidy()
 
 
-def _take_over(output: Output, plan: Plan, ledger: Ledger) -> None:
+def _take_over(output: Output, laid: Laid, ledger: Ledger) -> None:
     """Write what slices have in ledgers of their own into that of the run."""
     for name in output.slices():
         with (
             output.locked(name),
-            closing(Ledger(output.journal(name), plan.identity)) as slice_ledger,
+            closing(Ledger(output.journal(name), laid.identity)) as slice_ledger,
         ):
             receipts = slice_ledger.receipts
             decisions = slice_ledger.decisions
@@ -114,16 +130,16 @@ def _take_over(output: Output, plan: Plan, ledger: Ledger) -> None:
 
 
 def _recover(
-    output: Output, plan: Plan, files: Sequence[str], ledger: Ledger, *, overwrite: bool
+    output: Output, laid: Laid, files: Sequence[str], ledger: Ledger, *, overwrite: bool
 ) -> None:
     """Refuse a place that cannot be used; make room for every shard that is not there."""
     try:
         found = output.survey(
-            plan.shards, ledger.receipts, ledger.handles, cleared=CLEARED in ledger.events
+            laid.shards, ledger.receipts, ledger.handles, cleared=CLEARED in ledger.events
         )
         ledger.forget(found.lost)
-        refuse_occupied(output, plan, files, ledger, overwrite=overwrite)
-        output.prove(plan.shards, found.sealed)
+        refuse_occupied(output, laid, files, ledger, overwrite=overwrite)
+        output.prove(laid.shards, found.sealed)
     except LockedError:
         raise
     except (OutputError, StoreError):
@@ -131,12 +147,12 @@ def _recover(
         if ledger.is_new and not output.slices():
             output.tidy()
         raise
-    missing = [n for n in range(len(plan.shards)) if n not in found.sealed | found.open.keys()]
-    ledger.begin(output.begin(plan.shards, missing))
+    missing = [n for n in range(len(laid.shards)) if n not in found.sealed | found.open.keys()]
+    ledger.begin(output.begin(laid.shards, missing))
 
 
 def refuse_occupied(
-    output: Output, plan: Plan, files: Sequence[str], ledger: Ledger, *, overwrite: bool
+    output: Output, laid: Laid, files: Sequence[str], ledger: Ledger, *, overwrite: bool
 ) -> None:
     """Refuse a place where a checkpoint lies that this run did not put there.
 
@@ -144,10 +160,10 @@ def refuse_occupied(
         files: names of the output's other files.
     """
     if CLEARED not in ledger.events:
-        _refuse_others(output, plan, files, overwrite=overwrite)
+        _refuse_others(output, laid, files, overwrite=overwrite)
 
 
-def _start_over(output: Output, plan: Plan, files: Sequence[str], *, overwrite: bool) -> None:
+def _start_over(output: Output, laid: Laid, files: Sequence[str], *, overwrite: bool) -> None:
     """Forget an unfinished run, with the shards that it had already given their names."""
     for name in output.slices():
         with output.locked(name):  # refused while it is at work
@@ -157,12 +173,12 @@ def _start_over(output: Output, plan: Plan, files: Sequence[str], *, overwrite: 
     if cleared:
         output.remove(name for name in output.names() if is_weights(name))
     else:
-        _refuse_others(output, plan, files, overwrite=overwrite)
+        _refuse_others(output, laid, files, overwrite=overwrite)
     output.forget()
 
 
-def _refuse_others(output: Output, plan: Plan, files: Sequence[str], *, overwrite: bool) -> None:
-    planned = [*files, INDEX, PROVENANCE, *(shard.name for shard in plan.shards)]
+def _refuse_others(output: Output, laid: Laid, files: Sequence[str], *, overwrite: bool) -> None:
+    planned = [*files, INDEX, PROVENANCE, *(shard.name for shard in laid.shards)]
     found = occupants(output, planned)
     if found and not overwrite:
         raise OutputError(

@@ -56,7 +56,7 @@ ORDER = [
     ["ledger"],
     ["executors.api", "executors.local", "publish", "progress"],
     ["execute", "describe", "staging", "report", "executors.placement"],
-    ["executors.node"],
+    ["executors.node", "computed"],
     ["executors.ray_cluster", "executors.ray_worker"],
     ["executors.ray"],
     ["executors"],
