@@ -396,8 +396,8 @@ def _short(model: ModelName) -> str:
     url = hub_name(model) or public_text(model.url)
     if _is_local(url):
         url = url.rstrip("/").rpartition("/")[2] or url
-    name = str(ModelName(url, model.revision))
-    return name.replace("`", "'")
+    name = str(ModelName(url, model.revision)).replace("`", "'")
+    return name if model.adapter is None else f"{name}+{_short(model.adapter)}"
 
 
 def _is_local(url: str) -> bool:
@@ -423,6 +423,16 @@ def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, object]]:
         for name, content in files.items()
         if name != CARD
     }
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, object]:
+    found: dict[str, object] = {
+        "url": public_text(checkpoint.url),
+        "versions": dict(checkpoint.versions),
+    }
+    if checkpoint.adapter is not None:
+        found["adapter"] = _source(checkpoint.adapter)
+    return found
 
 
 def provenance(
@@ -455,11 +465,7 @@ def provenance(
         "fingerprint": fingerprint,
         "recipe": public_text(recipe.text),
         "sources": {
-            public_text(str(name)): {
-                "url": public_text(checkpoint.url),
-                "versions": dict(checkpoint.versions),
-            }
-            for name, checkpoint in sources.items()
+            public_text(str(name)): _source(checkpoint) for name, checkpoint in sources.items()
         },
         "shards": {name: dict(found) for name, found in shards.items()},
         "files": checksums(files),

@@ -35,7 +35,7 @@ from shardmerge.ledger import fingerprint
 from shardmerge.merge import published_sums, run
 from shardmerge.outputs import open_output
 from shardmerge.outputs.api import STAGING
-from shardmerge.prepare import Planner, Prepared, Sources, Where
+from shardmerge.prepare import Planner, Prepared, Sources, Where, open_model
 from shardmerge.progress import counted
 from shardmerge.publish import PROVENANCE, Published
 from shardmerge.recipe import ModelName, Recipe
@@ -139,7 +139,7 @@ class State:
         parameters = defaults_of(info) | dict(setting(info, text) for text in settings)
         self._refuse_occupied()
         name = _model_name(base)
-        checkpoint = open_checkpoint(name.url, name.revision, self._stores)
+        checkpoint = open_model(name, self._stores)
         record = Record(
             version=__version__,
             method=method,
@@ -306,7 +306,7 @@ class State:
             state=state,
             integers=True,
         )
-        folder = folder_of(record, Model("", model.url, model.revision, added.versions))
+        folder = folder_of(record, Model.of("", model, added.all_versions))
         planner = replace(planner, out=f"{self.url}/{folder}")
         settings = json.dumps(dict(record.parameters), sort_keys=True)
         step = f"{record.method} {settings} {len(record.steps) + 1}"
@@ -352,7 +352,7 @@ class State:
 
     def _model(self, name: str, model: ModelName, found: Checkpoint) -> Model:
         content = content_of(found, self._stores)
-        return Model(name, model.url, model.revision, dict(found.versions), content)
+        return Model.of(name, model, found.all_versions, content)
 
     def _refuse_inside(self, out: str) -> None:
         place = out.rstrip("/")
@@ -429,9 +429,14 @@ def _model_name(text: str) -> ModelName:
     except RecipeError as problem:
         raise UsageError(str(problem)) from None
     name = recipe.slices[0].sources[0].model
-    if not is_remote(name.url) and Path(name.url).expanduser().exists():
-        name = replace(name, url=str(Path(name.url).expanduser().absolute()))
-    return name
+    adapter = None if name.adapter is None else _absolute(name.adapter)
+    return replace(_absolute(name), adapter=adapter)
+
+
+def _absolute(name: ModelName) -> ModelName:
+    if is_remote(name.url) or not Path(name.url).expanduser().exists():
+        return name
+    return replace(name, url=str(Path(name.url).expanduser().absolute()))
 
 
 def content_of(checkpoint: Checkpoint, stores: Stores) -> str:
@@ -452,6 +457,8 @@ def content_of(checkpoint: Checkpoint, stores: Stores) -> str:
     stores.read(ranges)
     for item in ranges:
         digest.update(item.into)
+    if checkpoint.adapter is not None:
+        digest.update(content_of(checkpoint.adapter, stores).encode())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from shardmerge.memory import footprint_bytes, matrix_bytes
 from shardmerge.methods.api import Method, MethodInfo, info_of
 from shardmerge.plan import MeasureTask, MergeTask, Plan
 from shardmerge.progress import counted, size
-from shardmerge.sources.tensor import Checkpoint, TensorRef
+from shardmerge.sources.tensor import BlockScale, Checkpoint, TensorRef
 from shardmerge.state import Record
 
 
@@ -153,7 +153,7 @@ def describe_tensor(checkpoint: Checkpoint, tensor: TensorRef) -> dict[str, obje
         "shape": list(tensor.shape),
         "bytes": tensor.nbytes,
         "shard": checkpoint.shards[checkpoint.shard_of[tensor.name]],
-        "block_scaled": tensor.decode is not None,
+        "block_scaled": isinstance(tensor.decode, BlockScale),
     }
 
 

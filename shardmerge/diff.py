@@ -217,7 +217,7 @@ class _Reader:
         self._stores.read(reads(tensor, start, stop, raw.data))
         values = self._values[: stop - start]
         to_float64(raw, tensor.dtype, values)
-        if tensor.decode is not None:
+        if isinstance(tensor.decode, BlockScale):
             _apply_scales(values, start, tensor.shape[1], tensor.decode, self._stores)
         return values
 

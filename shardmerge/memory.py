@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Sequence
 
-from shardmerge.decode import scale_bytes
+from shardmerge.decode import decoder_bytes, is_coded, kind_of, value_dtype
 from shardmerge.errors import MemoryBudgetError
 from shardmerge.kernels.device import CUDA
 from shardmerge.kernels.trace import Inputs
 from shardmerge.match import OutputTensor
 from shardmerge.matrices import block_numel, block_shape, matrix_shapes
 from shardmerge.methods.api import HISTOGRAM_BINS, Pass, info_of
-from shardmerge.numerics import CANONICAL_BLOCK, DType
+from shardmerge.numerics import CANONICAL_BLOCK
 from shardmerge.sources.tensor import TensorRef
 from shardmerge.stores.api import is_remote
 
@@ -50,11 +50,6 @@ def inputs_of(tensor: OutputTensor) -> tuple[TensorRef, ...]:
     """The tensors that an output tensor is computed from, in the order of a kernel's inputs."""
     base = () if tensor.base is None else (tensor.base,)
     return (*base, *tensor.models, *(ref for _, extra in tensor.extras for ref in extra))
-
-
-def value_dtype(ref: TensorRef) -> DType:
-    """The dtype in which a kernel reads a tensor: fp8 is decoded to float32 before."""
-    return DType.F32 if ref.dtype.is_fp8 else ref.dtype
 
 
 def kernel_inputs(tensor: OutputTensor) -> Inputs:
@@ -99,13 +94,13 @@ def _kind(tensor: OutputTensor) -> object:
     Methods and dtypes by identity, which takes a tenth of the time and only makes more kinds.
     """
     refs = inputs_of(tensor)
-    scaled = [ref.decode for ref in refs if ref.decode is not None]
+    decoded = [ref.decode for ref in refs if ref.decode is not None]
     return (
         (tensor.shape, id(tensor.dtype), id(tensor.method), tensor.wide),
         (tensor.whole, tensor.split),
         (tensor.base is None, len(tensor.models), is_far(tensor)),
         tuple([(id(ref.dtype), ref.decode is None) for ref in refs]),
-        tuple([(by.rows, by.columns, by.scale.shape, id(by.scale.dtype)) for by in scaled]),
+        tuple([kind_of(decode) for decode in decoded]),
     )
 
 
@@ -124,9 +119,9 @@ def footprint_bytes(device: str) -> int:
 
 def tile_elements(tensor: OutputTensor, budget_bytes: int, device: str) -> int:
     """Elements of a tile: whole canonical blocks, as many as the budget and the caches allow."""
-    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
+    per_element = element_bytes(inputs_of(tensor)) + _coded_bytes(tensor) + tensor.dtype.itemsize
     most = _most_elements(tensor, device)
-    room = budget_bytes - _summary_bytes(tensor) - _scale_bytes(tensor, most)
+    room = budget_bytes - _summary_bytes(tensor) - _decoder_bytes(tensor, most)
     blocks = room // (per_element * CANONICAL_BLOCK)
     return max(1, min(blocks, most // CANONICAL_BLOCK)) * CANONICAL_BLOCK
 
@@ -145,14 +140,14 @@ def is_far(tensor: OutputTensor) -> bool:
 _is_remote = functools.lru_cache(maxsize=4096)(is_remote)
 
 
-def _decode_bytes(tensor: OutputTensor) -> int:
+def _coded_bytes(tensor: OutputTensor) -> int:
     """Per element, room for the stored bytes of inputs that are decoded."""
-    return sum(ref.dtype.is_fp8 for ref in inputs_of(tensor))
+    return sum(ref.dtype.itemsize for ref in inputs_of(tensor) if is_coded(ref))
 
 
-def _scale_bytes(tensor: OutputTensor, elements: int) -> int:
-    """Room for the block scales of a tile, each in a buffer of its own."""
-    return sum(scale_bytes(ref, elements) + 64 for ref in inputs_of(tensor) if ref.decode)
+def _decoder_bytes(tensor: OutputTensor, elements: int) -> int:
+    """Room for scales and factors, each in a buffer of its own."""
+    return sum(decoder_bytes(ref, elements) + 64 for ref in inputs_of(tensor) if ref.decode)
 
 
 def _summary_bytes(tensor: OutputTensor) -> int:
@@ -163,15 +158,15 @@ def _summary_bytes(tensor: OutputTensor) -> int:
 def tile_bytes(tensor: OutputTensor, elements: int) -> int:
     """Memory for a tile of so many elements, its result and a summary."""
     elements = min(elements, math.ceil(tensor_numel(tensor) / CANONICAL_BLOCK) * CANONICAL_BLOCK)
-    per_element = element_bytes(inputs_of(tensor)) + _decode_bytes(tensor) + tensor.dtype.itemsize
-    return elements * per_element + _summary_bytes(tensor) + _scale_bytes(tensor, elements)
+    per_element = element_bytes(inputs_of(tensor)) + _coded_bytes(tensor) + tensor.dtype.itemsize
+    return elements * per_element + _summary_bytes(tensor) + _decoder_bytes(tensor, elements)
 
 
 def resident_bytes(tensor: OutputTensor, device: str) -> int:
     """Memory to keep all inputs of a tensor, and a tile of its result."""
     numel = tensor_numel(tensor)
     most = min(numel, _most_elements(tensor, device))
-    tile = most * (tensor.dtype.itemsize + _decode_bytes(tensor)) + _scale_bytes(tensor, most)
+    tile = most * (tensor.dtype.itemsize + _coded_bytes(tensor)) + _decoder_bytes(tensor, most)
     return (
         numel * element_bytes(inputs_of(tensor))
         + tile
@@ -206,8 +201,8 @@ def matrix_bytes(tensor: OutputTensor) -> int:
 
 def _stored_bytes(ref: TensorRef, elements: int) -> int:
     """Room for so many elements of one input, decoded where they have to be."""
-    coded = elements if ref.dtype.is_fp8 else 0
-    return elements * value_dtype(ref).itemsize + coded + scale_bytes(ref, elements) + 4 * 64
+    coded = elements * ref.dtype.itemsize if is_coded(ref) else 0
+    return elements * value_dtype(ref).itemsize + coded + decoder_bytes(ref, elements) + 4 * 64
 
 
 def least_bytes(tensor: OutputTensor) -> int:

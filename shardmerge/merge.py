@@ -159,11 +159,12 @@ def _refuse_changed(sources: Sources, stores: Stores) -> None:
         found = store.stat(store.join(checkpoint.url, file) if folder else checkpoint.url)
         return found is not None and found.version == checkpoint.versions[file]
 
-    files = [(name, file) for name, checkpoint in sources.items() for file in checkpoint.versions]
-    folders = {name: stores.open(c.url).is_folder(c.url) for name, c in sources.items()}
+    parts = [(name, part) for name, checkpoint in sources.items() for part in checkpoint.parts]
+    folders = {part.url: stores.open(part.url).is_folder(part.url) for _, part in parts}
+    files = [(name, part, file) for name, part in parts for file in part.versions]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        found = pool.map(lambda item: same(sources[item[0]], folders[item[0]], item[1]), files)
-        for (name, file), unchanged in zip(files, found, strict=True):
+        found = pool.map(lambda item: same(item[1], folders[item[1].url], item[2]), files)
+        for (name, _, file), unchanged in zip(files, found, strict=True):
             if not unchanged:
                 raise SourceChangedError(
                     f"{name}: {file} changed while it was being merged. Nothing was published.\n"

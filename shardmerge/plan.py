@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardmerge.decode import scale_range
+from shardmerge.decode import read_beside
 from shardmerge.errors import RecipeError
 from shardmerge.kernels.device import CPU, CUDA
 from shardmerge.layout import Part, Piece, Shard, Spec, Unit, lay_out
@@ -430,11 +430,7 @@ class _Planner:
         refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
         times = len(matrix_shapes(tensor.shape, tensor.split)) if _is_cut_across(tensor) else 1
         nbytes = times * (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
-        for ref in refs:
-            if ref.decode is not None:
-                first, last = scale_range(ref, piece.start, piece.stop)
-                nbytes += (last - first) * ref.decode.scale.dtype.itemsize
-        return nbytes
+        return nbytes + sum(read_beside(ref, piece.start, piece.stop) for ref in refs)
 
     def _tile_bytes(self, tensor: int) -> int:
         kind = self._kinds[tensor]

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from shardmerge import __version__, assets, executors
-from shardmerge.errors import UsageError
+from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.kept import adding, check_added, refs_of, scaled, summed
 from shardmerge.kernels.device import AUTO, CPU, CUDA, choose_device
 from shardmerge.match import Outputs, match
@@ -28,7 +28,7 @@ from shardmerge.publish import PROVENANCE, RECIPE, Published
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_yaml import read_yaml
 from shardmerge.records import TASKS
-from shardmerge.sources import Twins, open_checkpoint
+from shardmerge.sources import Twins, open_adapted, open_checkpoint
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.staging import is_published
 from shardmerge.stores import Settings, Stores
@@ -189,7 +189,7 @@ class Planner:
         """Open what a recipe names, and match the tensors."""
         sources = open_sources(recipe, self.stores)
         outputs = match(recipe, sources)
-        outputs = replace(outputs, notes=(*outputs.notes, *_ignored(sources)))
+        outputs = replace(outputs, notes=(*outputs.notes, *_notes(sources)))
         assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
         return sources, outputs
 
@@ -246,12 +246,26 @@ def open_sources(recipe: Recipe, stores: Stores) -> Sources:
     """Every checkpoint that the recipe names, by name."""
     names, twins = _named(recipe), Twins()
 
-    def opened_one(name: ModelName) -> Checkpoint:
-        return open_checkpoint(name.url, name.revision, stores, twins)
-
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        opened = pool.map(opened_one, names)
+        opened = pool.map(lambda name: open_model(name, stores, twins), names)
         return dict(zip(names, opened, strict=True))
+
+
+def open_model(name: ModelName, stores: Stores, twins: Twins | None = None) -> Checkpoint:
+    """A checkpoint, with its adapter where it has one."""
+    try:
+        found = open_checkpoint(name.url, name.revision, stores, twins)
+    except CheckpointError as problem:
+        if name.adapter is None:
+            raise
+        raise CheckpointError(
+            f"{problem}\n  (Of {name}, the base of an adapter. Where '+' is part of a path, write "
+            "{path: ...}.)"
+        ) from None
+    if name.adapter is None:
+        return found
+    adapter = name.adapter
+    return open_adapted(found, adapter.url, adapter.revision, stores, any_base=name.any_base)
 
 
 def _named(recipe: Recipe) -> list[ModelName]:
@@ -265,9 +279,10 @@ def _named(recipe: Recipe) -> list[ModelName]:
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def _ignored(sources: Sources) -> Iterator[str]:
-    """What lies beside the shards of each source and is not read."""
+def _notes(sources: Sources) -> Iterator[str]:
+    """What was taken for granted, and what lies beside the shards and is not read."""
     for name, checkpoint in sources.items():
+        yield from checkpoint.notes
         if checkpoint.ignored:
             yield f"{name}: not read: {', '.join(checkpoint.ignored)}"
 
@@ -301,7 +316,7 @@ def _identity(
     if any(tensor.whole for tensor in outputs.tensors):
         identity["linear algebra"] = f"numpy {np.__version__}"  # another may round another way
     for name, checkpoint in sources.items():
-        lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
+        lines = [f"{file} {text}" for file, text in sorted(checkpoint.all_versions.items())]
         identity[f"source {assets.public_text(str(name))}"] = "\n".join(lines)
     return identity
 

@@ -19,19 +19,26 @@ def public_text(text: str) -> str:
     return _QUERY.sub(r"\1", _LOGIN.sub("", text))
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class ModelName:
     """A checkpoint as a recipe names it: a path or URL, and a revision (``path@revision``).
 
     As text, for messages, it has no login and no query.
+
+    Args:
+        adapter: a LoRA adapter that is added to it (``path+adapter``).
+        any_base: whether the adapter may have been trained on another checkpoint than this.
     """
 
     url: str
     revision: str | None = None
+    adapter: ModelName | None = None
+    any_base: bool = False
 
     def __str__(self) -> str:
         url = public_text(self.url)
-        return f"{url}@{self.revision}" if self.revision else url
+        own = f"{url}@{self.revision}" if self.revision else url
+        return f"{own}+{self.adapter}" if self.adapter else own
 
 
 Scalar = float | bool | str

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from shardmerge.methods.api import METHODS, Base, MethodInfo, Parameter
 from shardmerge.recipe_parts import ModelName, Rule, Setting, Slice, Source, Split
-from shardmerge.recipe_settings import elsewhere, optional, read_method, read_model, read_parameters
+from shardmerge.recipe_settings import (
+    elsewhere,
+    optional,
+    read_method,
+    read_model,
+    read_parameters,
+    with_adapter,
+)
 from shardmerge.recipe_yaml import Node, clipped, shown, unknown
 
 RULE_KEYS = ("tensors", "merge_method", "parameters", "from", "missing", "drop", "split")
@@ -102,8 +109,9 @@ def _read_source(node: Node, scope: Scope, *, layered: bool) -> Source | None:
     if not layered:
         instead["layer_range"] = "belongs to slices; models takes all layers"
     layer_key = ("layer_range",) if layered else ()
-    fields = node.fields(("model", "parameters", *layer_key, *kinds), instead)
-    model = optional(fields, "model", read_model)
+    keys = ("model", "lora", "any_base", "parameters")
+    fields = node.fields((*keys, *layer_key, *kinds), instead)
+    model = with_adapter(optional(fields, "model", read_model), fields)
     scope.models.append(model)
     layers = optional(fields, "layer_range", _read_layers)
     extras = {kind: optional(fields, kind, read_model) for kind in kinds}

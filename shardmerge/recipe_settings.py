@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from shardmerge import methods
@@ -78,30 +79,60 @@ def optional(fields: Mapping[str, Node], key: str, read: Callable[[Node], T | No
 
 
 def read_model(node: Node) -> ModelName | None:
-    """``path``, ``path@revision``, or the mapping form {model: {path, revision}}."""
+    """``path``, ``path@revision``, ``model+lora``, or a mapping.
+
+    The mappings are {path, revision} and {model, lora, any_base}; ``model`` and ``lora`` may be
+    mappings themselves.
+    """
     if not isinstance(node.value, dict):
         text = node.text()
-        return None if text is None else _split_revision(node, text)
-    lora = "is not supported yet; merge the adapter into its base model first, or remove it"
-    instead = {"lora": lora, "override_architecture": "is not supported yet; remove it"}
-    fields = node.fields(("model", "path", "revision"), instead)
+        return None if text is None else _split_adapter(node, text)
+    instead = {"override_architecture": "is not supported yet; remove it"}
+    fields = node.fields(("model", "path", "revision", "lora", "any_base"), instead)
     if "model" in fields:
-        return read_model(fields["model"])
+        return with_adapter(read_model(fields["model"]), fields)
     if "path" not in fields:
         node.wrong("needs 'path'")
         return None
     path, revision = fields["path"].text(), optional(fields, "revision", Node.text)
-    return None if path is None else ModelName(_trimmed(path), revision)
+    return with_adapter(None if path is None else ModelName(_trimmed(path), revision), fields)
+
+
+def with_adapter(model: ModelName | None, fields: Mapping[str, Node]) -> ModelName | None:
+    """A model with the adapter that ``lora`` beside it names; ``any_base`` goes with that."""
+    adapter = optional(fields, "lora", read_model)
+    any_base = optional(fields, "any_base", Node.flag) or False
+    if "lora" not in fields:
+        if "any_base" in fields:
+            fields["any_base"].wrong("is about an adapter; name it with 'lora', or remove this")
+        return model
+    if (model and model.adapter) or (adapter and adapter.adapter):
+        fields["lora"].wrong(f"is a second adapter; {ONE_ADAPTER}")
+        return None
+    return model and adapter and replace(model, adapter=adapter, any_base=any_base)
+
+
+ONE_ADAPTER = "a model has one, so publish the model with the first and add the other to that"
+
+
+def _split_adapter(node: Node, text: str) -> ModelName | None:
+    """A model in one text, with what follows ``+`` as its adapter."""
+    before, plus, after = text.partition("+")
+    if not plus:
+        return _split_revision(node, text)
+    form = f"if '+' is part of the path, write {{path: '{clipped(text)}'}}"
+    if "+" in after:
+        node.wrong(f"'{clipped(text)}' has more than one '+' (model+lora): {ONE_ADAPTER}; {form}")
+        return None
+    if not before or not after:
+        node.wrong(f"'{clipped(text)}' has nothing on one side of '+' (model+lora); {form}")
+        return None
+    model, adapter = _split_revision(node, before), _split_revision(node, after)
+    return model and adapter and replace(model, adapter=adapter)
 
 
 def _split_revision(node: Node, text: str) -> ModelName | None:
     form = f"if it is part of the path, write {{path: '{clipped(text)}'}}"
-    if "+" in text:
-        adapter = clipped(text.partition("+")[2])
-        node.wrong(
-            f"'+{adapter}' reads as a LoRA adapter (model+lora), which is not supported yet; {form}"
-        )
-        return None
     scheme, separator, rest = text.rpartition("://")
     host, slash, path = rest.partition("/") if separator else ("", "", rest)
     if path.count("@") > 1:

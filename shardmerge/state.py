@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shardmerge.recipe import ModelName
 
@@ -19,7 +20,7 @@ class Model:
 
     Args:
         name: for people.
-        versions: of its files, as they were read.
+        versions: of its files, as they were read; of an adapter's too.
         content: digest of its tensors' names, dtypes and shapes, and of elements of some of them.
     """
 
@@ -28,11 +29,21 @@ class Model:
     revision: str | None
     versions: Mapping[str, str]
     content: str = ""
+    adapter: ModelName | None = None
+    any_base: bool = False
+
+    @classmethod
+    def of(
+        cls, name: str, model: ModelName, versions: Mapping[str, str], content: str = ""
+    ) -> Model:
+        """A model that a recipe would name so."""
+        place = (model.url, model.revision)
+        return cls(name, *place, versions, content, model.adapter, model.any_base)
 
     @property
     def model(self) -> ModelName:
         """As a recipe names it."""
-        return ModelName(self.url, self.revision)
+        return ModelName(self.url, self.revision, self.adapter, self.any_base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,12 @@ def record_from(values: dict[str, object]) -> Record:
     steps = values["steps"]
     if not isinstance(steps, list):
         raise ValueError("steps are no list")
-    fields["base"] = Model(**values["base"])  # type: ignore[arg-type]
-    fields["pending"] = None if pending is None else Model(**pending)  # type: ignore[arg-type]
-    fields["steps"] = tuple(Step(**{**step, "model": Model(**step["model"])}) for step in steps)
+    fields["base"] = _model_from(values["base"])
+    fields["pending"] = None if pending is None else _model_from(pending)
+    fields["steps"] = tuple(Step(**{**step, "model": _model_from(step["model"])}) for step in steps)
     return Record(**fields)  # type: ignore[arg-type]
+
+
+def _model_from(values: Any) -> Model:
+    adapter = values.get("adapter")
+    return Model(**{**values, "adapter": None if adapter is None else ModelName(**adapter)})

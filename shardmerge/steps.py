@@ -30,7 +30,7 @@ def refuse_known(record: Record, name: ModelName, model: Checkpoint, state: str)
     """Refuse a model that is in the state."""
     for step in record.steps:
         known = step.model
-        if name == known.model and dict(model.versions) == dict(known.versions):
+        if name == known.model and model.all_versions == dict(known.versions):
             raise StateError(
                 f"{name} is in {state} already, as step {step.number} ({known.name}).\n"
                 "  Go back with 'shardmerge continual undo' if it should not be."
@@ -212,14 +212,19 @@ def told(recipe: Recipe, record: Record, last: ModelName | None, dtype: str | No
 
 
 def _values(record: Record, models: Sequence[ModelName]) -> dict[str, object]:
-    def named(name: ModelName) -> dict[str, object]:
+    def path(name: ModelName) -> dict[str, object]:
         revision = {} if name.revision is None else {"revision": name.revision}
-        return {"model": {"path": name.url, **revision}}
+        return {"path": name.url, **revision}
+
+    def named(name: ModelName) -> dict[str, object]:
+        if name.adapter is None:
+            return {"model": path(name)}
+        return {"model": path(name), "lora": path(name.adapter), "any_base": name.any_base}
 
     values: dict[str, object] = {
         "merge_method": record.method,
         "base_model": named(record.base.model),
-        "models": [{"model": named(model)} for model in models],
+        "models": [named(model) for model in models],
         "parameters": dict(record.parameters),
     }
     if record.rules:

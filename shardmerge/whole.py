@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shardmerge.decode import value_dtype
 from shardmerge.kernels.linalg import linear_on
 from shardmerge.layout import Piece
 from shardmerge.matrices import block_numel, block_shape, matrices_in
-from shardmerge.memory import CONVERTED, inputs_of, tensor_numel, value_dtype
+from shardmerge.memory import CONVERTED, inputs_of, tensor_numel
 from shardmerge.methods.api import Array, info_of
 from shardmerge.numerics import DType, to_floats
 from shardmerge.outputs.api import PartWriter

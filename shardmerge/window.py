@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardmerge.decode import decode_blocks, scale_bytes, scale_range
+from shardmerge.decode import Decoder, decoder_of, is_coded, value_dtype
 from shardmerge.errors import MemoryBudgetError
-from shardmerge.memory import value_dtype
 from shardmerge.sources.tensor import TensorRef, reads
 from shardmerge.stores.api import Range
 
@@ -64,26 +63,25 @@ class _Held:
         self.itemsize = value_dtype(ref).itemsize
         self.values = arena.take(room * self.itemsize)
         self.start = self.stop = 0
-        self._raw = self._scales = self.values[:0]
-        if ref.dtype.is_fp8:
-            self._raw = arena.take(tile)
-            self._scales = arena.take(scale_bytes(ref, tile))
+        self._raw = self.values[:0]
+        self._decoder: Decoder | None = None
+        if is_coded(ref):
+            self._raw = arena.take(tile * ref.dtype.itemsize)
+            self._decoder = decoder_of(ref, arena.take, tile)
 
     def wanted(self, start: int, stop: int, at: int) -> list[Range]:
         """What to read for elements ``[start, stop)``, which go to place ``at``."""
-        if not self.ref.dtype.is_fp8:
+        if self._decoder is None:
             return reads(self.ref, start, stop, self._values(at, stop - start).data)
-        found = reads(self.ref, start, stop, self._raw.data)
-        if self.ref.decode is not None:
-            first, last = scale_range(self.ref, start, stop)
-            found += reads(self.ref.decode.scale, first, last, self._scales.data)
-        return found
+        stored = reads(self.ref, start, stop, self._raw.data)
+        return [*stored, *self._decoder.wanted(start, stop)]
 
     def arrived(self, start: int, stop: int, at: int) -> None:
         """Turn what was read into values, where that has to be done."""
-        if self.ref.dtype.is_fp8:
-            values = self._values(at, stop - start).view(np.float32)
-            decode_blocks(self.ref, start, self._raw[: stop - start], self._scales, values)
+        if self._decoder is not None:
+            raw = self._raw[: (stop - start) * self.ref.dtype.itemsize]
+            kind = np.float64 if self.itemsize == 8 else np.float32
+            self._decoder.decode(start, raw, self._values(at, stop - start).view(kind))
 
     def _values(self, at: int, count: int) -> npt.NDArray[np.uint8]:
         return self.values[at * self.itemsize : (at + count) * self.itemsize]

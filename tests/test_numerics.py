@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardmerge.decode import decode_blocks, fp8_values, scale_bytes, scale_range
+from shardmerge.decode import decode_blocks, decoder_bytes, fp8_values, scale_range
 from shardmerge.numerics import (
     CANONICAL_BLOCK,
     DTYPE_BY_TORCH_NAME,
@@ -238,7 +238,7 @@ def test_block_scales(dtype, scale_dtype, shape, block, data):
     values = np.empty(stop - start, dtype=np.float32)
     first, last = scale_range(ref, start, stop)
     raw = raw_scales[first * scale_dtype.itemsize : last * scale_dtype.itemsize]
-    assert raw.nbytes <= scale_bytes(ref, stop - start)
+    assert raw.nbytes <= decoder_bytes(ref, stop - start)
     decode_blocks(ref, start, codes.reshape(-1)[start:stop], raw, values)
     rows, columns = np.indices(shape)
     full = fp8_values(dtype)[codes] * scales[rows // block[0], columns // block[1]]

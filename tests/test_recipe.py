@@ -107,6 +107,12 @@ def test_tokenizer_source_base_is_the_base_model():
         ({"model": "org/name@v1"}, ModelName("org/name", "v1")),
         ({"model": {"path": "org/a+b@c"}}, ModelName("org/a+b@c")),
         ({"path": "org/name", "revision": "v1"}, ModelName("org/name", "v1")),
+        ("a@v1+b/c@v2", ModelName("a", "v1", ModelName("b/c", "v2"))),
+        ({"model": "a", "lora": "b@v2"}, ModelName("a", None, ModelName("b", "v2"))),
+        (
+            {"model": {"path": "a+b"}, "lora": {"path": "c+d"}, "any_base": True},
+            ModelName("a+b", None, ModelName("c+d"), True),
+        ),
     ],
 )
 def test_models(given, model):
@@ -114,16 +120,24 @@ def test_models(given, model):
     assert made.slices[0].sources[0].model == model
 
 
+def test_an_adapter_beside_the_model():
+    models = [{"model": "a", "lora": "b", "parameters": {"weight": 1}}]
+    made = Recipe.parse(recipe(models=models))
+    assert made.slices[0].sources[0].model == ModelName("a", None, ModelName("b"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("a+b", "models[0].model: '+b' reads as a LoRA adapter (model+lora)"),
+        ("a+b+c", "models[0].model: 'a+b+c' has more than one '+' (model+lora)"),
+        ("a+", "models[0].model: 'a+' has nothing on one side of '+' (model+lora)"),
+        ({"model": "a+b", "lora": "c"}, "models[0].model.lora: is a second adapter"),
+        ({"model": "a", "any_base": True}, "models[0].model.any_base: is about an adapter"),
         ("a@b@c", "models[0].model: 'a@b@c' has more than one '@'"),
         ("a@", "models[0].model: 'a@' has nothing on one side of '@'"),
         ("", "models[0].model: must be text, not an empty text"),
         (3, "models[0].model: must be text, not 3; put it in quotes"),
         (["a"], "models[0].model: must be text, not a list"),
-        ({"model": "a", "lora": "b"}, "models[0].model: 'lora' is not supported yet"),
         ({"revision": "a"}, "models[0].model: needs 'path'"),
         ({"model": "a", "override_architecture": "X"}, "models[0].model: 'override_archi"),
     ],
@@ -382,9 +396,11 @@ def test_a_shared_parameter_of_one_model():
 
 
 def test_a_refused_model_is_the_only_problem():
-    models = [{"model": "a+b"}, {"model": "c"}]
+    models = [{"model": "a+"}, {"model": "c"}]
     rules = [{"tensors": "x", "from": "a"}]
-    assert problem(recipe(models=models, rules=rules)).startswith("models[0].model: '+b' reads")
+    assert problem(recipe(models=models, rules=rules)).startswith(
+        "models[0].model: 'a+' has nothing"
+    )
 
 
 def test_a_misspelt_parameter_is_not_missing_as_well():

@@ -296,8 +296,11 @@ def test_a_path_that_does_not_exist(tmp_path, monkeypatch):
     [
         ([], "It is empty"),
         (["notes.md"], "no checkpoint in this folder. It holds notes.md"),
-        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter"),
-        (["adapter_config.json", "adapter_model.bin"], "a LoRA adapter"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "an adapter, and no model",
+        ),
+        (["adapter_config.json", "adapter_model.bin"], "an adapter, and no model"),
         (["pytorch_model.bin", "config.json"], "do not begin as torch's files do"),
         (["pytorch_model.bin.index.json"], "pytorch_model.bin.index.json is not JSON"),
         (["pytorch_model-00001-of-00002.bin"], "shards of torch.save without an index"),

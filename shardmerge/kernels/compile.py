@@ -196,23 +196,28 @@ class _Loop:
 
     def compiled(self, form: Form, width: int, inputs: tuple[int, ...]) -> NativeKernel:
         with COMPILER:
-            module = binding.parse_assembly(str(self.module))
-            module.triple = _target().triple
-            machine = _target().create_target_machine(
-                cpu=binding.get_host_cpu_name(),
-                features=binding.get_host_cpu_features().flatten(),
-                opt=3,
-            )
-            options = binding.create_pipeline_tuning_options(speed_level=3)
-            passes = binding.create_pass_builder(machine, options)
-            passes.getModulePassManager().run(module, passes)
-            engine = binding.create_mcjit_compiler(module, machine)
-            engine.finalize_object()
-            return NativeKernel(form, width, inputs, engine)
+            return NativeKernel(form, width, inputs, machine_code(self.module))
 
 
 COMPILER = threading.Lock()
 """Held while compiling: LLVM's global state is not safe to use from two threads."""
+
+
+def machine_code(written: ir.Module) -> binding.ExecutionEngine:
+    """A module for this processor; to be called while holding ``COMPILER``."""
+    module = binding.parse_assembly(str(written))
+    module.triple = _target().triple
+    machine = _target().create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=binding.get_host_cpu_features().flatten(),
+        opt=3,
+    )
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
 
 
 def loop_over(

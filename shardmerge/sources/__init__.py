@@ -7,10 +7,13 @@ a checkpoint of DeepSpeed, else of ``torch.distributed``. Each kind is one file 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from shardmerge.errors import CheckpointError, StoreError
 from shardmerge.header import is_plain_name
+from shardmerge.sources.adapter import open_adapter
 from shardmerge.sources.dcp import holds_dcp, open_dcp
 from shardmerge.sources.hf import holds_safetensors, open_hf
 from shardmerge.sources.sharded import Twins
@@ -19,13 +22,18 @@ from shardmerge.sources.torch_bin import BIN_SUFFIXES, holds_bins, open_bin, ope
 from shardmerge.sources.zero import holds_zero, is_rank_file, open_zero
 from shardmerge.stores import Stores, is_remote
 from shardmerge.stores.api import Store, scheme_of
+from shardmerge.stores.http import shown
 
 if TYPE_CHECKING:
     from shardmerge.stores.hub import HubStore
 
-__all__ = ["Checkpoint", "Twins", "open_checkpoint"]
+__all__ = ["Checkpoint", "Twins", "open_adapted", "open_checkpoint"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
+
+
+Opened = Callable[[str, Store], Checkpoint]
+"""Opens what lies at a place."""
 
 
 def open_checkpoint(
@@ -48,21 +56,73 @@ def open_checkpoint(
             folder that has none.
         StoreError: for what cannot be read.
     """
-    stores = stores or Stores()
+    return _at(url, revision, stores or Stores(), lambda at, store: _open(at, store, twins))
+
+
+def open_adapted(
+    base: Checkpoint,
+    url: str,
+    revision: str | None = None,
+    stores: Stores | None = None,
+    *,
+    any_base: bool = False,
+) -> Checkpoint:
+    """A checkpoint with the LoRA adapter at ``url`` added to it; only headers are read.
+
+    Args:
+        any_base: take the adapter though it was trained on another checkpoint than ``base``.
+    Raises:
+        CheckpointError: for an adapter that is damaged, that does not fit, or whose own files name
+            another model of the Hub.
+    """
+    declared = ""
+
+    def opened(place: str, store: Store) -> Checkpoint:
+        nonlocal declared
+        adapted, declared = open_adapter(base, place, store)
+        return adapted
+
+    adapted = _at(url, revision, stores or Stores(), opened)
+    given, named = _model_of(base.url), _model_of(declared)
+    if any_base or not named or _last(given) == _last(named):
+        return adapted
+    told = f"{url}: says that it was trained on {shown(declared)}"
+    if given != base.url and _HUB_NAME.fullmatch(named):
+        raise CheckpointError(
+            f"{told}, which is another model than {given}.\n"
+            "  Name that as its base; or, if this is meant, write {model: ..., lora: ..., "
+            "any_base: true}."
+        )
+    note = f"{told}; {shown(base.url)} was taken for the same model"
+    return replace(adapted, notes=(*adapted.notes, note))
+
+
+def _model_of(url: str) -> str:
+    """The name of a model of the Hub or its cache; else the same."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)(/snapshots/|$)", url)
+    return f"{cached[1]}/{cached[2]}" if cached else url.removeprefix("hf://").partition("@")[0]
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _at(url: str, revision: str | None, stores: Stores, opened: Opened) -> Checkpoint:
+    """What ``opened`` finds at ``url``, on the Hub where that is meant."""
     if match := re.match(r"(s3|hf|gs|az|https?):/(?!/)", url):
         raise CheckpointError(f"{url}: did you mean {match[1]}://{url[match.end() :]}?")
     url = stores.public(url)
     if _may_name_hub_model(url, stores):
         try:
-            return _open_hub(f"hf://{url}", revision, stores, twins, sure=False)
+            return _open_hub(f"hf://{url}", revision, stores, opened, sure=False)
         except StoreError as problem:
             raise CheckpointError(
                 f"{url}: no such folder or file here; taken as a model of the Hub: {problem}"
             ) from None
     store = stores.open(url)
     if scheme_of(url) == "hf":
-        return _open_hub(url, revision, stores, twins, sure=True)
-    return _open(url if revision is None else _snapshot(store, url, revision), store, twins)
+        return _open_hub(url, revision, stores, opened, sure=True)
+    return opened(url if revision is None else _snapshot(store, url, revision), store)
 
 
 def _open(url: str, store: Store, twins: Twins | None) -> Checkpoint:
@@ -97,17 +157,17 @@ def _may_name_hub_model(url: str, stores: Stores) -> bool:
 
 
 def _open_hub(
-    url: str, revision: str | None, stores: Stores, twins: Twins | None, *, sure: bool
+    url: str, revision: str | None, stores: Stores, opened: Opened, *, sure: bool
 ) -> Checkpoint:
     hub = cast("HubStore", stores.open(url))
     cached = hub.cached(url, revision)
     if cached is not None:
         try:
-            return _open(cached, stores.open(cached), twins)
+            return opened(cached, stores.open(cached))
         except CheckpointError:
             if hub.offline:
                 raise
-    return _open(hub.pinned(url, revision, sure=sure), hub, twins)
+    return opened(hub.pinned(url, revision, sure=sure), hub)
 
 
 def _snapshot(store: Store, url: str, revision: str) -> str:

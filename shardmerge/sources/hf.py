@@ -114,8 +114,8 @@ _CONVERT = "Load it with transformers, write it with `save_pretrained`, and give
 _KINDS: tuple[tuple[str, str], ...] = (
     (
         r"adapter_.*",
-        "a LoRA adapter, which is not supported yet.\n  Merge it into its base model first (peft: "
-        "`merge_and_unload`, then `save_pretrained`)",
+        "an adapter, and no model of its own.\n  Name it with the model that it belongs to: "
+        "`model: MODEL+ADAPTER`",
     ),
     (r".*\.gguf", f"a GGUF file, which is not supported.\n  {_CONVERT}"),
     (

@@ -174,7 +174,7 @@ def _moved(stored: _Stored, files: Sequence[Shard]) -> Mapping[str, TensorRef]:
         url, version = to[segment.url]
         there = Segment(url, segment.offset, segment.nbytes, version)
         decode = ref.decode
-        if decode is not None:
+        if isinstance(decode, BlockScale):
             decode = BlockScale(moved(decode.scale), decode.rows, decode.columns)
         return TensorRef(ref.name, ref.dtype, ref.shape, (there,), decode)
 

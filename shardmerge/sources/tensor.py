@@ -40,6 +40,31 @@ class BlockScale:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """A matrix of low rank that is added: the value is ``stored + scale * left @ right``.
+
+    Args:
+        left: shape [rows, rank]; or [rank, rows], where ``transposed``.
+        right: shape [rank, columns]; or [columns, rank], where ``transposed``.
+    Reference: Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
+        arXiv:2106.09685, equation 3.
+    """
+
+    left: TensorRef
+    right: TensorRef
+    scale: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor and rows of the right one."""
+        return self.left.shape[0 if self.transposed else 1]
+
+
+Decode = BlockScale | LowRank
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor of a checkpoint.
 
@@ -55,7 +80,7 @@ class TensorRef:
     dtype: DType
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
-    decode: BlockScale | None = None
+    decode: Decode | None = None
 
     @property
     def numel(self) -> int:
@@ -64,7 +89,7 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, the block scales not counted."""
+        """Stored bytes, those of scales and factors not counted."""
         return self.numel * self.dtype.itemsize
 
 
@@ -108,6 +133,8 @@ class Checkpoint:
         ignored: names in the folder that hold weights and are not read (``consolidated.*``, ...).
         versions: for each shard, index and config that was read, a text that changes with it.
         cut: whether files hold pieces of tensors, so that an output cannot have the same shards.
+        adapter: the files whose tensors are added to these; they lie in a folder of their own.
+        notes: what was taken for granted, in words.
     """
 
     url: str
@@ -119,3 +146,18 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False
+    adapter: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Checkpoint, ...]:
+        """Itself, and the adapter: whatever lies in one folder."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+    @property
+    def all_versions(self) -> dict[str, str]:
+        """``versions``, and those of the adapter's files as ``adapter/<name>``."""
+        if self.adapter is None:
+            return dict(self.versions)
+        adapter = {f"adapter/{name}": text for name, text in self.adapter.versions.items()}
+        return {**self.versions, **adapter}
