@@ -192,7 +192,8 @@ def _refuse_non_finite(plan: Plan, ledger: Ledger) -> None:
     places: dict[str, list[str]] = {}
     for number, which in found:
         tensor = plan.tensors[number]
-        where = "the result" if which < 0 else inputs_of(tensor)[which].segments[0].url
+        urls = [] if which < 0 else [s.url for s in inputs_of(tensor)[which].all_segments]
+        where = " with ".join(dict.fromkeys(urls)) or "the result"
         places.setdefault(tensor.name, []).append(where)
     raise NonFiniteError(
         f"NaN or infinity in {counted(len(places), 'tensor')}; nothing was published:\n"

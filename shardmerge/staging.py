@@ -34,8 +34,7 @@ def refuse_sources(output: Output, sources: Mapping[ModelName, Checkpoint]) -> N
     """Refuse to write where a source lies."""
     for name, checkpoint in sources.items():
         # The folders that are read, whatever way the recipe names them.
-        tensors = [tensor for part in checkpoint.parts for tensor in part.tensors.values()]
-        urls = {segment.url for tensor in tensors for segment in tensor.segments}
+        urls = {s.url for tensor in checkpoint.tensors.values() for s in tensor.all_segments}
         folders = {url.rpartition("/")[0] for url in urls}
         if any(_same_place(folder, output.url) for folder in folders):
             raise OutputError(

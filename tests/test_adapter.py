@@ -19,7 +19,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from shardmerge.cli import main
 from shardmerge.continual import State
-from shardmerge.errors import CheckpointError, SourceChangedError, StateError
+from shardmerge.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OutputError,
+    SourceChangedError,
+    StateError,
+)
 from shardmerge.match import match
 from shardmerge.memory import inputs_of
 from shardmerge.merge import merge
@@ -286,6 +292,33 @@ def test_an_adapter_that_changes_while_it_is_merged(llama, tmp_path):
 
     with pytest.raises(SourceChangedError, match="adapter_config"):
         merge(path, str(tmp_path / "out"), progress=Changes())
+
+
+def test_nan_in_a_factor_is_told_with_both_files(llama, tmp_path):
+    adapter = trained(fresh(llama), tmp_path / "adapter", **LLAMA_ADAPTERS["plain"])
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    with_tensors(adapter, lambda tensors: tensors[name].view(-1)[5].fill_(math.nan))
+    with pytest.raises(NonFiniteError) as caught:
+        copy_of(f"{llama}+{adapter}", tmp_path)
+    told = str(caught.value)
+    assert "model.layers.1.mlp.up_proj.weight" in told
+    assert f"{llama}/model.safetensors with {adapter}/adapter_model.safetensors" in told
+
+
+def test_it_is_not_published_over_its_adapter(llama, tmp_path):
+    adapter = trained(fresh(llama), tmp_path / "adapter", **LLAMA_ADAPTERS["plain"])
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{llama}+{adapter}"}]}
+    with pytest.raises(OutputError, match="where the source"):
+        merge(write_recipe(tmp_path / "r.yml", recipe), str(adapter))
+
+
+def test_on_a_cluster(llama, tmp_path):
+    pytest.importorskip("ray")
+    adapter = trained(fresh(llama), tmp_path / "adapter", **LLAMA_ADAPTERS["plain"])
+    want = copy_of(f"{llama}+{adapter}", tmp_path, "want")
+    merge(str(tmp_path / "want.yml"), str(tmp_path / "ray"), executor="ray")
+    found = load_file(tmp_path / "ray" / "model.safetensors")
+    assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 def test_provenance_names_the_adapter(llama, tmp_path):

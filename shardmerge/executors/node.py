@@ -194,7 +194,7 @@ def _firsts(plan: Plan) -> tuple[Segment, ...]:
         (segment.url, segment.version): segment.offset
         for tensor in plan.tensors
         for ref in inputs_of(tensor)
-        for segment in ref.segments
+        for segment in ref.all_segments
         if segment.nbytes
     }
     return tuple(Segment(url, offset, 1, version) for (url, version), offset in files.items())

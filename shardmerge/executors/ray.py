@@ -473,7 +473,7 @@ def need_of(plan: Plan, gpus: float) -> Need:
 def _refuse_memory(plan: Plan) -> None:
     for tensor in plan.tensors:
         for ref in inputs_of(tensor):
-            for segment in ref.segments:
+            for segment in ref.all_segments:
                 if scheme_of(segment.url) == "memory":
                     raise UsageError(
                         f"{segment.url} is in the memory of one process, which the workers of a "

@@ -88,6 +88,15 @@ class TensorRef:
         return math.prod(self.shape)
 
     @property
+    def all_segments(self) -> tuple[Segment, ...]:
+        """``segments``, and those of what decodes them."""
+        if self.decode is None:
+            return self.segments
+        if isinstance(self.decode, BlockScale):
+            return (*self.segments, *self.decode.scale.segments)
+        return (*self.segments, *self.decode.left.segments, *self.decode.right.segments)
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes, those of scales and factors not counted."""
         return self.numel * self.dtype.itemsize
