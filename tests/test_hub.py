@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shardmerge.errors import CheckpointError, LedgerMismatchError, Stopped, StoreError
 from shardmerge.merge import merge
@@ -66,6 +66,8 @@ def hub(models, tmp_path, monkeypatch) -> Iterator[Hub]:
         "org/bin": {"main": tmp_path / "bin"},
     }
     (tmp_path / "bin").mkdir()
+    served["org/lora"] = {"main": write_adapter(tmp_path / "lora", base="org/base")}
+    served["org/other"] = {"main": write_adapter(tmp_path / "other", base="org/elsewhere")}
     torch.save(load_file(models["base"] / SINGLE), tmp_path / "bin" / "pytorch_model.bin")
     with Hub(served, token=TOKEN) as hub:
         resolve = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -75,6 +77,21 @@ def hub(models, tmp_path, monkeypatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield hub
+
+
+def write_adapter(folder: Path, *, base: str) -> Path:
+    """An adapter of one matrix of every model here."""
+    name = next(name for name, (_, shape) in HALVES.items() if len(shape) == 2)
+    rows, columns = HALVES[name][1]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": base}
+    factors = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight": torch.ones(shape)
+        for x, shape in (("A", (2, columns)), ("B", (rows, 2)))
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(factors, folder / "adapter_model.safetensors")
+    return folder
 
 
 def recipe(folder: Path, base: Any, *models: str, name: str = "r.yml") -> str:
@@ -394,3 +411,29 @@ def test_the_command_line(hub, models, tmp_path):
     code, _, said = command(tmp_path, hub, "merge", text, "off", HF_HUB_OFFLINE="1")
     assert code == 1 and "HF_HUB_OFFLINE is set" in said
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_the_hub(hub, models, tmp_path):
+    want = local_adapted(tmp_path, models)
+    assert merged(tmp_path, "org/base", "org/base+org/lora@main") == want
+    assert merged(tmp_path, "org/base", "hf://org/base@main+hf://org/lora", out="again") == want
+
+
+def local_adapted(tmp_path: Path, models: dict[str, Path]) -> bytes:
+    base = str(models["base"])
+    return merged(tmp_path, base, f"{base}+{tmp_path / 'lora'}", out="local")
+
+
+def test_an_adapter_of_another_model_is_refused(hub, tmp_path):
+    with pytest.raises(CheckpointError, match="trained on org/elsewhere, which is another model"):
+        merged(tmp_path, "org/base", "org/base+org/other")
+    model = {"model": "org/base", "lora": "org/other", "any_base": True}
+    top = {"merge_method": "task_arithmetic", "base_model": "org/base", "dtype": "bfloat16"}
+    path = write_recipe(
+        tmp_path / "any.yml", {**top, "models": [{"model": model, "parameters": {"weight": 0.4}}]}
+    )
+    merge(path, str(tmp_path / "any"), threads=1)
+    assert weights(tmp_path / "any") == merged(tmp_path, "org/base", "org/base+org/lora")
