@@ -29,10 +29,14 @@ files, in the order of the data:
     slices      the same merge as an array of jobs that never talk to each other
     kept        sums of task vectors that are kept, and the models that are made of them
     continual   models that arrive one at a time (state: what is in it, steps: what a step is)
+    computed    checkpoints that one process computes, published as merges are
+    estimate    Fisher information, and what stands in for it
+    extract     the LoRA adapter of a model against its base (choice, names: which layers and how
+                PEFT calls them; deltas, decompose, finished: matrix after matrix; report)
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
-    verify, diff, report, describe, progress, arguments, cli: looking at checkpoints, and the
-                command line
+    verify, diff, report, describe, progress, arguments, cli, cli_estimate: looking at checkpoints,
+                and the command line
 """
 
 __version__ = "0.1.0"

@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_plan(commands)
     _add_continual(commands)
+    _add_extract(commands)
+    _add_fisher(commands)
     _add_slices(commands)
     _add_looking(commands)
     _add_methods(commands)
@@ -121,6 +123,71 @@ def _state(parser: argparse.ArgumentParser) -> None:
     _places(parser)
 
 
+def _add_extract(commands: _Commands[argparse.ArgumentParser]) -> None:
+    extract = commands.add_parser(
+        "extract-lora", help="the LoRA adapter of a model against its base", epilog=EXIT_CODES
+    )
+    extract.set_defaults(command="extract-lora")
+    extract.add_argument("model", help="a fine-tune of the base model")
+    extract.add_argument("out", help="folder of the adapter, or s3://bucket/folder")
+    extract.add_argument("--base", required=True, help="the base model")
+    ranks = extract.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--rank", type=_count, metavar="R", help="of every layer")
+    ranks.add_argument(
+        "--energy",
+        type=_share,
+        metavar="E",
+        help="for each layer the least rank that holds this share of the squared singular values",
+    )
+    extract.add_argument("--max-rank", type=_count, metavar="R", help="the largest, by --energy")
+    extract.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the adapter (default %(default)s)",
+    )
+    for name, what in (
+        ("--include", "take only these matrices of linear layers, by their tensors' names"),
+        ("--exclude", "leave these tensors out"),
+        ("--save-modules", "store these modules whole, such as '*norm*' or lm_head"),
+    ):
+        extract.add_argument(
+            name, action="append", default=[], metavar="GLOB", help=f"{what}; repeatable"
+        )
+    _memory(extract)
+    extract.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="matrices at a time, as far as memory allows (default: every CPU)",
+    )
+    _places(extract)
+    _replacing(extract)
+    _telling(extract)
+
+
+def _add_fisher(commands: _Commands[argparse.ArgumentParser]) -> None:
+    fisher = commands.add_parser(
+        "fisher", help="Fisher information of a model, or what stands in for it", epilog=EXIT_CODES
+    )
+    fisher.set_defaults(command="fisher")
+    fisher.add_argument("model", help="a model; with --from adam, the folder of a training")
+    fisher.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
+    fisher.add_argument(
+        "--from",
+        dest="source",
+        choices=("task-vector", "adam"),
+        required=True,
+        help="without data: the squared difference from --base, or Adam's second moment",
+    )
+    fisher.add_argument("--base", help="the base model, of --from task-vector")
+    _resources(fisher)
+    _places(fisher)
+    _cluster(fisher)
+    _replacing(fisher)
+    _telling(fisher)
+
+
 def _add_slices(commands: _Commands[argparse.ArgumentParser]) -> None:
     worker = commands.add_parser(
         "worker", help="do a slice of a saved plan, as an array's element", epilog=EXIT_CODES
@@ -190,13 +257,7 @@ def _resources(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="where tasks run (default local)",
     )
-    parser.add_argument(
-        "--memory",
-        type=_bytes,
-        default=_bytes("4GiB"),
-        metavar="SIZE",
-        help="most anonymous memory of the process, or of each worker of a cluster (default 4GiB)",
-    )
+    _memory(parser)
     parser.add_argument(
         "--threads",
         type=_count,
@@ -208,6 +269,16 @@ def _resources(parser: argparse.ArgumentParser) -> None:
         choices=DEVICES,
         default=AUTO,
         help="where kernels run; auto: on CUDA where there is a device (default %(default)s)",
+    )
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        default=_bytes("4GiB"),
+        metavar="SIZE",
+        help="most anonymous memory of the process, or of each worker of a cluster (default 4GiB)",
     )
 
 
@@ -292,6 +363,13 @@ def _gpus(text: str) -> float:
     found = float(text) if re.fullmatch(r"\d(\.\d{1,4})?", text) else 0.0
     if not 0 < found <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no part of a GPU; write 1, 0.5 or 0.25")
+    return found
+
+
+def _share(text: str) -> float:
+    found = float(text) if re.fullmatch(r"[01](\.\d{1,16})?", text) else 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share; write 0.9, 0.99 or 1")
     return found
 
 

@@ -18,6 +18,7 @@ from shardmerge import methods
 from shardmerge.errors import PlanError
 from shardmerge.layers import LAYER_COUNT_KEYS, TEXT_SECTIONS, layer_count_of
 from shardmerge.match import Outputs, OutputTensor
+from shardmerge.methods.api import STAND_INS
 from shardmerge.numerics import DType
 from shardmerge.recipe import ModelName, Recipe
 from shardmerge.recipe_parts import public_text as public_text
@@ -316,7 +317,9 @@ def model_card(recipe: Recipe, outputs: Outputs, *, version: str) -> str:
     """
     models = _models(recipe)
     hub = [name for name in map(hub_name, models) if name]
-    front: dict[str, object] = {"library_name": "transformers", "tags": ["shardmerge", "merge"]}
+    estimated = recipe.merge_method in STAND_INS
+    tags = ["shardmerge", "fisher" if estimated else "merge"]
+    front: dict[str, object] = {"library_name": "transformers", "tags": tags}
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
@@ -328,9 +331,9 @@ def model_card(recipe: Recipe, outputs: Outputs, *, version: str) -> str:
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     parts = [
         f"---\n{header}---\n",
-        "# Merged model\n",
-        f"{elements:,} parameters in {len(outputs.tensors):,} tensors, merged with shardmerge "
-        f"{version}.\n",
+        f"# {'Stand-in for Fisher information' if estimated else 'Merged model'}\n",
+        f"{elements:,} parameters in {len(outputs.tensors):,} tensors, "
+        f"{'computed' if estimated else 'merged'} with shardmerge {version}.\n",
         f"## {'Method' if len(_methods(recipe)) == 1 else 'Methods'}\n",
         "\n".join(_methods(recipe)) + "\n",
         "## Models\n",
@@ -369,7 +372,9 @@ def _models(recipe: Recipe) -> dict[ModelName, list[str]]:
             layers = (
                 f" layers {source.layers[0]} to {source.layers[1] - 1}" if source.layers else ""
             )
-            add(source.model, f"merged{layers}")
+            add(
+                source.model, f"{'model' if recipe.merge_method in STAND_INS else 'merged'}{layers}"
+            )
             for kind, extra in source.extras.items():
                 add(extra, f"{kind} of {_short(source.model)}")
     for rule in recipe.rules:
@@ -383,7 +388,7 @@ def _methods(recipe: Recipe) -> list[str]:
     names = [recipe.merge_method, *(rule.merge_method for rule in recipe.rules)]
     lines = []
     for name in dict.fromkeys(name for name in names if name):
-        page = methods.get(name).page
+        page = (STAND_INS.get(name) or methods.get(name)).page
         summary = page.partition("\n")[0].replace("``", "`")
         reference = re.search(r"^Reference: *(.*?)(?:\n\n|\Z)", page, re.MULTILINE | re.DOTALL)
         source = f" {' '.join(reference[1].split())}" if reference else ""

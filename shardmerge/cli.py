@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from shardmerge import methods
+from shardmerge import cli_estimate, methods
 from shardmerge.arguments import parser, settings_of
 from shardmerge.errors import ShardmergeError, Stopped, UsageError, VerifyError
 from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
@@ -129,13 +129,13 @@ def _running(options: argparse.Namespace) -> Iterator[tuple[Display, threading.E
             display.close()
 
 
-def _tell_published(published: Published, *, as_json: bool) -> int:
+def _tell_published(published: Published, *, as_json: bool, made: str = "merged") -> int:
     if as_json:
         print(json.dumps(dataclasses.asdict(published)))
         return 0
     for note in published.notes:
         print(f"note: {note}", file=sys.stderr)
-    done = "was already merged" if published.already else "merged"
+    done = f"was already {made}" if published.already else made
     print(
         f"{published.out}: {done}; {counted(published.tensors, 'tensor')}, "
         f"{size(published.nbytes)} in {counted(len(published.shards), 'shard')}"
@@ -442,6 +442,13 @@ def _continual_undo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fisher_from(options: argparse.Namespace) -> int:
+    where = _where(options)
+    with _running(options) as (display, stop):
+        published = cli_estimate.fisher_from(options, where, display, stop)
+    return _tell_published(published, as_json=options.json, made="computed")
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _merge,
     "plan": _plan,
@@ -450,6 +457,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "continual status": _continual_status,
     "continual publish": _continual_publish,
     "continual undo": _continual_undo,
+    "extract-lora": lambda options: cli_estimate.extract_lora(options, _running),
+    "fisher": _fisher_from,
     "worker": _worker,
     "publish": _publish,
     "verify": _verify,
@@ -460,5 +469,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "methods": _methods,
     "explain": _explain,
 }
-TOLD_IN_EVENTS = ("merge", "worker", "continual add", "continual publish")
+TOLD_IN_EVENTS = ("merge", "worker", "continual add", "continual publish", "extract-lora", "fisher")
 """Commands whose stderr is JSON lines with ``--json``."""

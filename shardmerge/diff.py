@@ -88,12 +88,13 @@ def diff(a_url: str, b_url: str, stores: Stores | None = None) -> Iterator[Tenso
     """
     stores = stores or Stores()
     a, b = (open_checkpoint(url, None, stores).tensors for url in (a_url, b_url))
-    return _compare(a, b, stores)
+    return compare(a, b, stores)
 
 
-def _compare(
+def compare(
     a: Mapping[str, TensorRef], b: Mapping[str, TensorRef], stores: Stores
 ) -> Iterator[TensorDiff]:
+    """Compare tensors by name: those of a in its order, then those that only b has."""
     readers = _Reader(stores), _Reader(stores)
     for name in [*a, *(name for name in b if name not in a)]:
         yield _tensor_diff(name, a.get(name), b.get(name), readers)

@@ -189,7 +189,7 @@ def matrix_bytes(tensor: OutputTensor) -> int:
     columns = block_shape(tensor.shape)[1]
     shapes = matrix_shapes(tensor.shape, tensor.split)
     rows = max(rows for rows, _ in shapes)
-    base, *others = (_stored_bytes(ref, rows * columns) for ref in inputs_of(tensor))
+    base, *others = (stored_bytes(ref, rows * columns) for ref in inputs_of(tensor))
     return (
         base
         + max(others)
@@ -199,7 +199,7 @@ def matrix_bytes(tensor: OutputTensor) -> int:
     )
 
 
-def _stored_bytes(ref: TensorRef, elements: int) -> int:
+def stored_bytes(ref: TensorRef, elements: int) -> int:
     """Room for so many elements of one input, decoded where they have to be."""
     coded = elements * ref.dtype.itemsize if is_coded(ref) else 0
     return elements * value_dtype(ref).itemsize + coded + decoder_bytes(ref, elements) + 4 * 64

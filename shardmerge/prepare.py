@@ -188,10 +188,14 @@ class Planner:
     def read(self, recipe: Recipe) -> tuple[Sources, Outputs]:
         """Open what a recipe names, and match the tensors."""
         sources = open_sources(recipe, self.stores)
+        return sources, self.match(recipe, sources)
+
+    def match(self, recipe: Recipe, sources: Sources) -> Outputs:
+        """Match the tensors of sources that are open."""
         outputs = match(recipe, sources)
         outputs = replace(outputs, notes=(*outputs.notes, *_notes(sources)))
         assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
-        return sources, outputs
+        return outputs
 
     def plan(
         self, recipe: Recipe, sources: Sources, outputs: Outputs, *, step: str = ""

@@ -80,6 +80,11 @@ class Meter:
         self.done_bytes += task.read_bytes + task.write_bytes
         self.written_bytes += sum(receipt.nbytes for receipt in done.receipts)
 
+    def step(self, read_bytes: int) -> None:
+        """One step ended, of a run that is no plan's tasks."""
+        self.tasks_done += 1
+        self.done_bytes += read_bytes
+
     @property
     def seconds(self) -> float:
         """Since the start."""
@@ -124,6 +129,9 @@ class Display(Protocol):
     def task(self, done: Done, task: Task) -> None:
         """One task ended."""
 
+    def step(self, read_bytes: int) -> None:
+        """One step ended, of a run that is no plan's tasks."""
+
     def close(self) -> None:
         """The run ended, well or not."""
 
@@ -162,6 +170,14 @@ class Text(_Writing):
     def task(self, done: Done, task: Task) -> None:
         """Count, and show if it is time."""
         super().task(done, task)
+        self._show_if_due()
+
+    def step(self, read_bytes: int) -> None:
+        """Count, and show if it is time."""
+        super().step(read_bytes)
+        self._show_if_due()
+
+    def _show_if_due(self) -> None:
         self._behind = True
         if self.due(_BAR_EVERY_S if self._terminal else _LINE_EVERY_S):
             self._show()
@@ -177,9 +193,9 @@ class Text(_Writing):
     def line(self, columns: int | None = None) -> str:
         """The state in one line; on a terminal it must not wrap, or it could not be drawn over."""
         left = "" if self.left_s is None else f", {duration(self.left_s)} left"
+        written = f"{size(self.written_bytes)} of {size(self.write_bytes)} written, "
         words = (
-            f"{self.tasks_done}/{self.tasks} tasks, "
-            f"{size(self.written_bytes)} of {size(self.write_bytes)} written, "
+            f"{self.tasks_done}/{self.tasks} tasks, {written if self.write_bytes else ''}"
             f"{size(self.rate)}/s{left}"
         )
         if columns is None:
@@ -231,6 +247,13 @@ class JsonLines(_Writing):
             tasks=self.tasks,
             left_s=None if self.left_s is None else round(self.left_s, 1),
         )
+
+    def step(self, read_bytes: int) -> None:
+        """One step ended, of a run that is no plan's tasks."""
+        super().step(read_bytes)
+        left_s = None if self.left_s is None else round(self.left_s, 1)
+        done, tasks = self.tasks_done, self.tasks
+        self._event("step", read_bytes=read_bytes, tasks_done=done, tasks=tasks, left_s=left_s)
 
     def close(self) -> None:
         """Nothing is left open."""

@@ -18,6 +18,7 @@ from shardmerge.ledger import Ledger
 from shardmerge.numerics import crc32_combine
 from shardmerge.outputs.api import Output, PartKey, Receipt
 from shardmerge.records import TASKS
+from shardmerge.sources.folder import ADAPTER
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "shardmerge.json"
@@ -28,14 +29,14 @@ CLEARED = "cleared"
 """Ledger event: nothing of an older checkpoint is left; shards that have their names are ours."""
 _READ_WITH_WEIGHTS = re.compile(
     r"(tokenizer|vocab|special_tokens_map|added_tokens|chat_template"
-    r"|(generation|tokenizer|(video_)?(pre)?processor|image_processor)_config)\.json"
+    r"|(adapter|generation|tokenizer|(video_)?(pre)?processor|image_processor)_config)\.json"
     r"|(vocab|merges)\.txt|chat_template\.jinja|additional_chat_templates/.*"
     r"|.*\.(model|tiktoken|spm|bpe|codes)"
     r"|((configuration|modeling|tokenization|processing)_|image_processing).*\.py"
 )
 """Files that are read together with the weights: another checkpoint's would be misread as ours."""
 _TEMPLATES = "additional_chat_templates/"
-_ONLY_FILES = frozenset({SINGLE_SHARD, "pytorch_model.bin"})
+_ONLY_FILES = frozenset({SINGLE_SHARD, "pytorch_model.bin", ADAPTER})
 """Names of a file that is a checkpoint without an index."""
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|model.*\.gguf"

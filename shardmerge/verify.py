@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import CheckpointError, ShardmergeError, StoreError
 from shardmerge.header import Header, is_plain_name, parse_index
-from shardmerge.sources.folder import INDEX, SAFETENSORS, SINGLE, few
+from shardmerge.sources.folder import ADAPTER, INDEX, SAFETENSORS, SINGLE, few
 from shardmerge.sources.hf import read_header
 from shardmerge.stores import Range, Store, Stores
 
@@ -120,10 +120,11 @@ def _shards(
     """The shards of the checkpoint; weight map and total size of its index, where it has one."""
     there = [name for name in names if name.endswith(SAFETENSORS)]
     if INDEX not in names:
-        if SINGLE not in names:
+        single = next((name for name in (SINGLE, ADAPTER) if name in names), None)
+        if single is None:
             problems.append(f"{url}: neither {INDEX} nor {SINGLE}: not published yet, or removed.")
             return there, None, None
-        listed, weight_map, total_size = [SINGLE], None, None
+        listed, weight_map, total_size = [single], None, None
     else:
         try:
             weight_map, metadata = parse_index(

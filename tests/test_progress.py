@@ -359,3 +359,19 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     run(quiet, Clock(), step_s=1.0)
     quiet.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_steps_of_a_run_without_a_plan() -> None:
+    clock = Clock()
+    text, terminal = terminal_of(Text, clock)
+    events = JsonLines(io.StringIO(), clock)
+    for meter in (text, events):
+        begin(meter, tasks=3, tasks_done=1)
+        meter.write_bytes = 0
+    clock.now += 2
+    for meter in (text, events):
+        meter.step(4 * MIB)
+    assert "2/3 tasks, 2.0 MiB/s, 0:02 left" in terminal.getvalue()
+    last = json.loads(events._stream.getvalue().splitlines()[-1])
+    expected = {"event": "step", "read_bytes": 4 * MIB, "tasks_done": 2, "tasks": 3, "left_s": 2.0}
+    assert last == expected

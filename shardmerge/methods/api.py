@@ -52,6 +52,7 @@ __all__ = [
     "CONTINUAL",
     "HISTOGRAM_BINS",
     "METHODS",
+    "STAND_INS",
     "Array",
     "Base",
     "Counts",
@@ -376,6 +377,9 @@ METHODS: dict[str, MethodInfo] = {}
 
 CONTINUAL: dict[str, MethodInfo] = {}
 """Every method that adds one model after the other to what is there."""
+
+STAND_INS: dict[str, MethodInfo] = {}
+"""What ``shardmerge fisher --from`` can make; no recipe names it."""
 
 ORACLES: dict[str, Callable[..., Floats]] = {}
 """The formula of every method on whole float64 arrays, for tests."""

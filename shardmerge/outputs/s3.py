@@ -38,7 +38,9 @@ PART_BYTES = 16 * 2**20
 _EVEN_PARTS = ".r2.cloudflarestorage.com"
 _AT_A_TIME = 16
 _PROBE = f"{STAGING}/probe"
-_OURS = re.compile(rf"({re.escape(KEPT)}/)?(model(-\d+-of-\d+)?\.safetensors|{re.escape(_PROBE)})")
+_OURS = re.compile(
+    rf"({re.escape(KEPT)}/)?((adapter_)?model(-\d+-of-\d+)?\.safetensors|{re.escape(_PROBE)})"
+)
 
 
 class S3Output:

@@ -20,6 +20,7 @@ from shardmerge.sources.sharded import Twins
 from shardmerge.sources.tensor import Checkpoint
 from shardmerge.sources.torch_bin import BIN_SUFFIXES, holds_bins, open_bin, open_bins
 from shardmerge.sources.zero import holds_zero, is_rank_file, open_zero
+from shardmerge.sources.zero_states import SECOND_MOMENT
 from shardmerge.stores import Stores, is_remote
 from shardmerge.stores.api import Store, scheme_of
 from shardmerge.stores.http import shown
@@ -27,7 +28,7 @@ from shardmerge.stores.http import shown
 if TYPE_CHECKING:
     from shardmerge.stores.hub import HubStore
 
-__all__ = ["Checkpoint", "Twins", "open_adapted", "open_checkpoint"]
+__all__ = ["Checkpoint", "Twins", "open_adam", "open_adapted", "open_checkpoint"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
 
@@ -146,6 +147,27 @@ def _open(url: str, store: Store, twins: Twins | None) -> Checkpoint:
             if holds(names):
                 return opened(url, store)
     return open_hf(url, store, twins)
+
+
+def open_adam(url: str, stores: Stores) -> tuple[Checkpoint, Checkpoint]:
+    """The weights in the folder of a training, and Adam's second moments of those it trained.
+
+    Raises:
+        CheckpointError: for another kind of checkpoint, one that is not whole, and one without
+            these moments.
+        StoreError: for what cannot be read.
+    """
+    url = stores.public(url)
+    store = stores.open(url)
+    names = store.names(url) if store.is_folder(url) else []
+    for holds, opened in ((holds_zero, open_zero), (holds_dcp, open_dcp)):
+        if holds(names):
+            return opened(url, store), opened(url, store, SECOND_MOMENT)
+    raise CheckpointError(
+        f"{url}: not the folder of a training, which holds the states of its optimizer: neither "
+        "global_stepN\n  of DeepSpeed nor .metadata of torch.distributed is there. Give that "
+        "folder, or take the squared\n  task vector instead: --from task-vector."
+    )
 
 
 def _may_name_hub_model(url: str, stores: Stores) -> bool:

@@ -7,6 +7,7 @@ what ``torch.save`` makes of the chunk.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ from shardmerge.stores.api import Stat, Store
 
 METADATA = ".metadata"
 FSDP_FOLDER = "pytorch_model_fsdp_0/"
-"""Where Hugging Face's libraries put the model, beside ``optimizer_0/``."""
+"""Where Hugging Face's libraries put the model, beside the optimizer."""
+FSDP_OPTIMIZER_FOLDER = "optimizer_0/"
 CHUNK_END_BYTES = 2048
 """Read from both ends of a chunk at first: all that is needed, but for long lists of sizes."""
 MAX_PIECES = 1_000_000
@@ -54,19 +56,24 @@ def holds_dcp(names: Sequence[str]) -> bool:
     )
 
 
-def open_dcp(url: str, store: Store) -> Checkpoint:
+def open_dcp(url: str, store: Store, state: str | None = None) -> Checkpoint:
     """The checkpoint in ``url``, or in its folder ``pytorch_model_fsdp_0``.
 
     Of a checkpoint of a whole training, the tensors of the model are taken (``model_names``).
 
+    Args:
+        state: of the optimizer (``exp_avg_sq``), which is given in place of the weights, of the
+            parameters that were trained only; from ``optimizer_0`` where there is one.
     Raises:
-        CheckpointError: for a checkpoint that is not whole, or of a kind that is not supported.
+        CheckpointError: for a checkpoint that is not whole, or of a kind that is not supported; for
+            one without this state.
     """
     place, names = url, store.names(url)
-    if METADATA not in names and FSDP_FOLDER in names:
-        place = store.join(url, FSDP_FOLDER.rstrip("/"))
+    folder = FSDP_FOLDER if state is None else FSDP_OPTIMIZER_FOLDER
+    if METADATA not in names and folder in names:
+        place = store.join(url, folder.rstrip("/"))
         names = store.names(place)
-    described, version = _read_metadata(place, store, names)
+    described, version = _read_metadata(place, store, names, state)
     files = {chunk.file for tensor in described for chunk in tensor.chunks}
     found = _stat_all(place, store, names, files)
     tensors = dict(_tensors(place, store, described, found))
@@ -143,6 +150,19 @@ def model_names(paths: Mapping[str, tuple[str, ...]]) -> dict[str, str] | list[s
     return {key: path[0] for key, path in left.items()}
 
 
+def state_names(paths: Mapping[str, tuple[str, ...]], state: str) -> dict[str, str]:
+    """Which keys are a state of the optimizer, and the names of their parameters.
+
+    Torch writes them as ``optim.state.<parameter>.exp_avg_sq``, the first step named as one likes.
+
+    Args:
+        paths: of each tensor, by key.
+    """
+    pattern = re.compile(rf"(?:[^.]+\.)?state\.(.+)\.{re.escape(state)}")
+    found = {key: pattern.fullmatch(".".join(path)) for key, path in paths.items()}
+    return {key: match[1] for key, match in found.items() if match}
+
+
 def _paths(keys: Iterable[str], planned: object) -> dict[str, tuple[str, ...]]:
     """The path of each key: as the planner wrote it down, else guessed from the keys."""
     listed = list(keys)
@@ -163,7 +183,9 @@ def _paths(keys: Iterable[str], planned: object) -> dict[str, tuple[str, ...]]:
 # --- the metadata ---------------------------------------------------------------------------------
 
 
-def _read_metadata(place: str, store: Store, names: Sequence[str]) -> tuple[list[_Tensor], str]:
+def _read_metadata(
+    place: str, store: Store, names: Sequence[str], state: str | None
+) -> tuple[list[_Tensor], str]:
     where = store.join(place, METADATA)
     found = store.stat(where) if METADATA in names else None
     if found is None:
@@ -183,7 +205,14 @@ def _read_metadata(place: str, store: Store, names: Sequence[str]) -> tuple[list
         for key, value in described.items()
         if isinstance(key, str) and (own := _fields(value, "TensorStorageMetadata"))
     }
-    chosen = model_names(_paths(kinds, fields.get("planner_data")))
+    paths = _paths(kinds, fields.get("planner_data"))
+    chosen = model_names(paths) if state is None else state_names(paths, state)
+    if not chosen and state is not None:
+        raise CheckpointError(
+            f"{where}: no {state} of any parameter among its {len(kinds):,} tensors: the optimizer "
+            "was not saved,\n  or is not Adam. Take the squared task vector instead: "
+            "--from task-vector."
+        )
     if isinstance(chosen, list):
         raise CheckpointError(
             f"{where}: a state dict of {few(chosen, 8)}, and none of them is called 'model': it\n"

@@ -13,6 +13,8 @@ from shardmerge.stores.api import Stat, Store, scheme_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+"""The one file of an adapter, as PEFT names it."""
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
 

@@ -35,6 +35,7 @@ from shardmerge.sources.zero_layout import (
     gathered,
     joined,
 )
+from shardmerge.sources.zero_states import flat_states, fragments, paddings
 from shardmerge.stores.api import Store
 
 _LATEST = ("latest", "latest_universal")
@@ -61,18 +62,22 @@ def is_rank_file(name: str) -> bool:
     return _STATES.fullmatch(name) is not None
 
 
-def open_zero(url: str, store: Store) -> Checkpoint:
+def open_zero(url: str, store: Store, state: str | None = None) -> Checkpoint:
     """The checkpoint in ``url``, a folder of a training or of one of its steps.
 
+    Args:
+        state: of the optimizer (``exp_avg_sq``), which is given in place of the weights, of the
+            parameters that were trained only.
     Raises:
-        CheckpointError: for a checkpoint that is not whole, or of a kind that is not supported.
+        CheckpointError: for a checkpoint that is not whole, or of a kind that is not supported; for
+            one without this state.
     """
     place, names = _step(url, store)
     files = _files(names, place)
     if files.optim:
-        found = _partitioned(place, store, files)
+        found = _partitioned(place, store, files, state)
     elif "zero/" in names:
-        found = _universal(place, store, files)
+        found = _universal(place, store, files, state)
     else:
         raise CheckpointError(
             f"{place}: no *_optim_states.pt, which hold DeepSpeed's float32 weights.\n"
@@ -307,11 +312,14 @@ class _Rank:
     version: str
 
 
-def _partitioned(place: str, store: Store, files: _Files) -> _Found:
-    first = _read_rank(store.join(place, files.optim[min(files.optim)]), store)
+def _partitioned(place: str, store: Store, files: _Files, state: str | None) -> _Found:
+    def read(name: str) -> _Rank:
+        return _read_rank(store.join(place, name), store, state)
+
+    first = read(files.optim[min(files.optim)])
     optim = _all_ranks(files.optim, first.count, "optimizer states", place)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        ranks = list(pool.map(lambda name: _read_rank(store.join(place, name), store), optim))
+        ranks = list(pool.map(read, optim))
         model = _read_model(store.join(place, files.model[0]), store)
         names = [files.model[0]]
         if first.stage == 3 and model.frozen:
@@ -330,13 +338,13 @@ def _partitioned(place: str, store: Store, files: _Files) -> _Found:
         found = list(gathered(partitions, model.groups))
     else:
         found = list(joined(partitions, model.groups, first.paddings, place))
-    tensors = _complete(found, models, place)
+    tensors = _complete(found, models, place, state)
     versions = {name: rank.version for name, rank in zip(optim, ranks, strict=True)}
     versions |= {name: each.version for name, each in zip(names, models, strict=True)}
     return _Found(tensors, versions)
 
 
-def _read_rank(place: str, store: Store) -> _Rank:
+def _read_rank(place: str, store: Store, state: str | None) -> _Rank:
     file = read_torch(window_of(place, store))
     states = file.value.get("optimizer_state_dict") if isinstance(file.value, dict) else None
     stage = states.get("zero_stage") if isinstance(states, dict) else None
@@ -361,59 +369,35 @@ def _read_rank(place: str, store: Store) -> _Rank:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     listed = states.get(key)
     held = listed if isinstance(listed, list) else []
-    groups = {f"{key}[{n}]": item for n, item in enumerate(held) if isinstance(item, StoredTensor)}
-    if not held or len(groups) != len(held):
+    masters = [item for item in held if isinstance(item, StoredTensor)]
+    if not held or len(masters) != len(held):
         raise CheckpointError(
             f"{place}: no tensors in {key}: the float32 weights are not in the file, as when they "
             f"are\n  offloaded to a disk. {_CONVERT}."
         )
+    flats = masters if state is None else flat_states(states, stage, masters, state, place)
+    groups = {f"{state or key}[{n}]": item for n, item in enumerate(flats)}
     partition = Partition(
-        place, tuple(_references(file, groups).values()), _fragments(states, len(held))
+        place, tuple(_references(file, groups).values()), fragments(states, len(held))
     )
     check_dtype(partition)
-    paddings = _paddings(states.get("param_alignment_paddings"))
-    return _Rank(stage, counts.pop(), partition, paddings, file.window.version or "")
-
-
-def _fragments(
-    states: Mapping[object, object], count: int
-) -> tuple[Mapping[str, tuple[int, int]], ...]:
-    """What ``param_slice_mappings`` says: begin and count of each parameter in each group."""
-    listed = states.get("param_slice_mappings")
-    if not isinstance(listed, list) or len(listed) != count:
-        return ()
-    found = []
-    for group in listed:
-        own: dict[str, tuple[int, int]] = {}
-        for name, address in group.items() if isinstance(group, dict) else ():
-            state = address.state if isinstance(address, Made) else None
-            state = state if isinstance(state, dict) else {}
-            start, numel = state.get("start"), state.get("numel")
-            if not isinstance(start, int) or not isinstance(numel, int):
-                return ()
-            if isinstance(name, str):
-                own[name] = (start, numel)
-        found.append(own)
-    return tuple(found)
-
-
-def _paddings(listed: object) -> tuple[tuple[int, ...], ...] | None:
-    """Elements after each parameter of each group that belong to none."""
-    if not isinstance(listed, list):
-        return None
-    groups = [sizes_of(group) for group in listed]
-    return tuple(group for group in groups if group is not None)
+    gaps = paddings(states.get("param_alignment_paddings"))
+    return _Rank(stage, counts.pop(), partition, gaps, file.window.version or "")
 
 
 def _complete(
-    found: Sequence[TensorRef], models: Sequence[_Model], place: str
+    found: Sequence[TensorRef], models: Sequence[_Model], place: str, state: str | None
 ) -> dict[str, TensorRef]:
     """All tensors, in the order of the model: parameters, frozen and tied ones, buffers.
+
+    Of a state of the optimizer there are only parameters that are trained, and those tied to them.
 
     Raises:
         CheckpointError: for a tensor of the model that is none of them.
     """
     model = models[0]
+    if state is not None:
+        return _with_tied(found, model)
     tensors = {tensor.name: tensor for tensor in found}
     for name, shape in model.frozen.items():
         fragments = [each.fragments[name] for each in models if name in each.fragments]
@@ -423,11 +407,7 @@ def _complete(
                 f"{len(fragments)} ranks of {len(models)}.\n  Copy the checkpoint again."
             )
         tensors[name] = frozen(name, shape, fragments, place)
-    tensors |= model.whole
-    for name, other in model.shared.items():
-        if other in tensors:
-            tied = tensors[other]
-            tensors[name] = TensorRef(name, tied.dtype, tied.shape, tied.segments)
+    tensors = _with_tied([*tensors.values(), *model.whole.values()], model)
     lost = [name for name in model.names if name not in tensors]
     if lost:
         raise CheckpointError(
@@ -438,10 +418,20 @@ def _complete(
     return ordered | {name: ref for name, ref in tensors.items() if name not in ordered}
 
 
+def _with_tied(found: Sequence[TensorRef], model: _Model) -> dict[str, TensorRef]:
+    """Tensors by name, also under the names that are tied to theirs."""
+    tensors = {tensor.name: tensor for tensor in found}
+    for name, other in model.shared.items():
+        if other in tensors:
+            tied = tensors[other]
+            tensors[name] = TensorRef(name, tied.dtype, tied.shape, tied.segments)
+    return tensors
+
+
 # --- universal checkpoints ------------------------------------------------------------------------
 
 
-def _universal(place: str, store: Store, files: _Files) -> _Found:
+def _universal(place: str, store: Store, files: _Files, state: str | None) -> _Found:
     model = _read_model(store.join(place, files.model[0]), store)
     count = len(files.model) if model.frozen else 1
     names = _all_ranks(files.model, count, "model states", place)
@@ -455,7 +445,7 @@ def _universal(place: str, store: Store, files: _Files) -> _Found:
             f"model states ({len(extra)}): {few(extra) or 'none'}.\n"
             "  The copy is not complete, or of two checkpoints. Copy it again."
         )
-    paths = {name: f"zero/{name}/fp32.pt" for name in shapes}
+    paths = {name: f"zero/{name}/{state or 'fp32'}.pt" for name in shapes}
 
     def read(name: str) -> tuple[TensorRef, str]:
         return _read_parameter(store.join(place, paths[name]), store, name, shapes[name])
@@ -464,7 +454,7 @@ def _universal(place: str, store: Store, files: _Files) -> _Found:
         read_all = list(pool.map(read, shapes))
         others = pool.map(lambda name: _read_model(store.join(place, name), store), names[1:])
         models = [model, *others]
-    tensors = _complete([tensor for tensor, _ in read_all], models, place)
+    tensors = _complete([tensor for tensor, _ in read_all], models, place, state)
     versions = {path: each for path, (_, each) in zip(paths.values(), read_all, strict=True)}
     versions |= {name: each.version for name, each in zip(names, models, strict=True)}
     return _Found(tensors, versions)

@@ -198,10 +198,10 @@ def _nothing(of: TensorRef) -> Segment:
 
 
 def check_dtype(partition: Partition) -> None:
-    """Refuse master weights that are not float32."""
+    """Refuse flat groups that are not float32."""
     for group in partition.groups:
         if group.dtype is not DType.F32:
             raise CheckpointError(
-                f"{partition.what}: its master weights are {group.dtype.torch_name}; only float32 "
+                f"{partition.what}: {group.name} is {group.dtype.torch_name}; only float32 "
                 f"is read.\n  {_OTHER}."
             )

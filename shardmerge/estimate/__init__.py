@@ -1,0 +1,1 @@
+"""Fisher information of models, and what stands in for it."""
