@@ -9,8 +9,9 @@ files, in the order of the data:
     header      the safetensors format; the only file that knows it
     sources     FROM: a checkpoint as a map from names to tensors, whatever it is on disk
                 (hf, torch_bin, zero, dcp; pickles, zips, torch_file: torch's format, nothing run)
-    match       which input tensors make each output tensor (parts, layers, mismatch: its steps;
-                matrices: what a tensor holds for methods that see matrices as a whole)
+    match       which input tensors make each output tensor (parts, layers, inputs, extras,
+                mismatch: its steps; matrices: what a tensor holds for methods that see matrices as
+                a whole)
     layout      where every element of the output goes: shards, headers, parts
     plan        HOW: tasks, what each reads, keeps in memory and writes (memory: the sizes)
     excerpt     what a worker needs of a plan for its tasks
@@ -30,7 +31,8 @@ files, in the order of the data:
     kept        sums of task vectors that are kept, and the models that are made of them
     continual   models that arrive one at a time (state: what is in it, steps: what a step is)
     computed    checkpoints that one process computes, published as merges are
-    estimate    Fisher information, and what stands in for it
+    estimate    what methods read beside a model: Fisher information and Gram matrices, from data,
+                and what stands in for them without
     extract     the LoRA adapter of a model against its base (choice, names: which layers and how
                 PEFT calls them; deltas, decompose, finished: matrix after matrix; report)
     numerics    dtypes, random numbers, exact sums, checksums

@@ -13,9 +13,16 @@ from shardmerge.kernels.compile import OUTPUT_BIT, Form
 from shardmerge.kernels.language import HISTOGRAM_BINS
 from shardmerge.kernels.linalg import on_cpu
 from shardmerge.kernels.trace import Inputs, Kernels, numbers_of
-from shardmerge.methods.api import Array, Decision, Kind, Method, Pass, info_of, levels_of
+from shardmerge.methods.api import Array, Decision, Kind, Method, Pass, Wide, info_of, levels_of
 from shardmerge.methods.scaled import Scaled
-from shardmerge.numerics import CANONICAL_BLOCK, DType, ExactSums, philox_key, to_floats
+from shardmerge.numerics import (
+    CANONICAL_BLOCK,
+    DType,
+    ExactSums,
+    philox_key,
+    to_floats,
+    to_stored,
+)
 from shardmerge.summaries import Partial, Summary, combine, settle
 
 _KERNELS = Kernels()
@@ -72,11 +79,14 @@ def merge_raw(
     Args:
         inputs: dtypes of ``arrays``, which lie in the order of ``inputs.dtypes``.
         tile: elements that a kernel is run on at a time, a multiple of the canonical block.
-        shape: of the tensor, for methods that see matrices as a whole.
+        shape: of the tensor, for methods that see matrices as a whole. Their further checkpoints
+            hold square matrices.
     """
     info = info_of(method)
     if info.adds:
         return _added(method, inputs, arrays, output, shape, tile)
+    if info.matrix_pass is not None and inputs.extras and method.whole("tensor", shape):
+        return _whole(method, inputs, arrays, output, shape)
     levels = levels_of(method)
     keys = _keys(seed, len(inputs.models), tensor)
     summaries: dict[str, Summary] = {}
@@ -105,6 +115,35 @@ def merge_raw(
             output=result[start * output.itemsize :],
         )
     return result, flags
+
+
+def _whole(
+    method: Method,
+    inputs: Inputs,
+    arrays: Sequence[Raw],
+    output: DType,
+    shape: tuple[int, ...],
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """The merge of every matrix of a tensor."""
+    values = [to_floats(a.view(np.uint8), d) for a, d in zip(arrays, inputs.dtypes, strict=True)]
+    flags = sum(int(not np.isfinite(value).all()) << k for k, value in enumerate(values))
+    first = 0 if inputs.base is None else 1
+    count, extras = math.prod(shape[:-2]), first + len(inputs.models)
+    sides = [math.isqrt(value.size // count) for value in values[extras:]]
+    blocks = [value.reshape(count, *shape[-2:]) for value in values[:extras]]
+    blocks += [v.reshape(count, side, side) for v, side in zip(values[extras:], sides, strict=True)]
+    step = info_of(method).matrix_pass
+    assert step is not None
+    found = []
+    for number in range(count):
+        base, own = blocks[0][number] if first else None, [block[number] for block in blocks]
+        rest, beside = iter(own[extras:]), {}
+        for kind, kinds in inputs.extras:
+            beside[kind] = [next(rest) for _ in kinds]
+        found.append(step.function(method, _Whole(base, own[first:extras], beside))[0])
+    result = to_stored(np.stack(found), output)
+    finite = np.isfinite(to_floats(result, output)).all()
+    return result, flags | (0 if finite else 1 << OUTPUT_BIT)
 
 
 def _added(
@@ -156,7 +195,7 @@ def _summed(
     if info.matrix_pass is not None and method.whole("tensor", shape):
         blocks = [value.reshape(-1, *shape[-2:]) for value in values]
         found = [
-            info.matrix_pass.function(method, _Whole([block[i] for block in blocks]))
+            info.matrix_pass.function(method, _Whole(blocks[0][i], [b[i] for b in blocks[1:]], {}))
             for i in range(len(blocks[0]))
         ]
         squared = zip(*(sums for _, sums in found), strict=True)
@@ -188,21 +227,38 @@ def _summed(
 class _Whole:
     """A matrix of every input, in memory; see ``Matrices``."""
 
-    def __init__(self, values: Sequence[Array]) -> None:
-        self._base, *self._models = values
+    def __init__(
+        self, base: Array | None, models: Sequence[Array], extras: Mapping[str, Sequence[Array]]
+    ) -> None:
+        self._base = base
+        self._models = models
+        self._extras = extras
 
     @property
     def models(self) -> int:
         """How many models there are."""
         return len(self._models)
 
+    def model(self, model: int) -> Wide:
+        """The values of a model."""
+        return self._models[model].astype(np.float64)
+
     def delta(self, model: int) -> Array:
         """The task vector of a model."""
+        assert self._base is not None
         return (self._models[model] - self._base).astype(np.float32)
 
     def extra(self, kind: str) -> Array | None:
-        """None: there are no others."""
+        """None: a sum begins here."""
         return None
+
+    def wide_extra(self, kind: str, model: int) -> Wide:
+        """The matrix of a model's further checkpoint."""
+        return self._extras[kind][model].astype(np.float64)
+
+    def unfit(self, kind: str, why: str, model: int | None = None) -> ValueError:
+        """What to raise for values that the method cannot use."""
+        return ValueError(f"{kind}{'' if model is None else f' {model}'}: {why}")
 
     def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
         """By numpy."""

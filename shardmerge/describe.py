@@ -32,6 +32,7 @@ def describe_plan(plan: Plan, first: Plan | None = None) -> dict[str, object]:
         "out": plan.out,
         "tensors": len(plan.tensors),
         "methods": dict(sorted(used.items())),
+        "matrices": _matrices(tensors),
         "projected": _projected(tensors),
         "tasks": len(tasks),
         "passes": _passes(plan, first),
@@ -77,7 +78,7 @@ def _passes(plan: Plan, first: Plan | None) -> dict[str, int]:
     }
 
 
-def _projected(tensors: Sequence[OutputTensor]) -> dict[str, object] | None:
+def _matrices(tensors: Sequence[OutputTensor]) -> dict[str, object] | None:
     """The tensors of which a method sees whole matrices; None where none does."""
     whole = [tensor for tensor in tensors if tensor.whole]
     if not whole:
@@ -85,17 +86,19 @@ def _projected(tensors: Sequence[OutputTensor]) -> dict[str, object] | None:
     largest = max(whole, key=matrix_bytes)
     return {
         "tensors": len(whole),
-        "not": list(_tables(largest)),
         "largest": largest.name,
         "largest_shape": list(block_shape(largest.shape)),
         "largest_bytes": matrix_bytes(largest),
     }
 
 
-def _tables(tensor: OutputTensor) -> tuple[str, ...]:
-    method: Method = tensor.method
-    tables: tuple[str, ...] = method.tables()
-    return tables
+def _projected(tensors: Sequence[OutputTensor]) -> dict[str, object] | None:
+    """Those of a method for which some matrices are none; None where there is no such method."""
+    found = [tensor for tensor in tensors if tensor.whole and hasattr(tensor.method, "tables")]
+    if not found:
+        return None
+    method: Method = found[0].method
+    return {"tensors": len(found), "not": list(method.tables())}
 
 
 def plan_text(facts: dict[str, object]) -> str:
@@ -114,16 +117,21 @@ def plan_text(facts: dict[str, object]) -> str:
     def nbytes(name: str) -> str:
         return size(number(name))
 
-    shards, notes, projected = facts["shards"], facts["notes"], facts["projected"]
+    shards, notes = facts["shards"], facts["notes"]
     assert isinstance(shards, list) and isinstance(notes, list)
     lines = [f"tensors   {facts['tensors']}: {counts('methods')}"]
+    projected, matrices = facts["projected"], facts["matrices"]
     if isinstance(projected, dict):
-        rows, columns = projected["largest_shape"]
-        lines += [
+        lines.append(
             f"projected {projected['tensors']} as whole matrices; not "
-            f"{', '.join(projected['not'])}, unless a rule says project: always",
-            f"  {projected['largest']}  {rows}x{columns} takes the most, "
-            f"{size(projected['largest_bytes'])}",
+            f"{', '.join(projected['not'])}, unless a rule says project: always"
+        )
+    if isinstance(matrices, dict):
+        rows, columns = matrices["largest_shape"]
+        lines += [
+            f"matrices  {counted(matrices['tensors'], 'tensor')} seen as a whole",
+            f"  {matrices['largest']}  {rows}x{columns} takes the most, "
+            f"{size(matrices['largest_bytes'])}",
         ]
     lines += [
         f"tasks     {facts['tasks']}: {counts('passes')}",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from shardmerge import methods, mismatch
 from shardmerge.errors import PlanError, RecipeError
+from shardmerge.extras import Extras, ExtrasChooser
 from shardmerge.inputs import Chooser, Inputs
 from shardmerge.layers import input_embedding, is_vocabulary, output_embeddings
 from shardmerge.matrices import split_problem
@@ -39,7 +40,8 @@ class OutputTensor:
             is None, and in place of a model that lacks the tensor under ``missing: base``.
         positions: for each of ``models``, its place among the slice's sources: its random numbers
             depend on it. (Where ``method`` is None they only count.)
-        extras: by kind, in the method's order; each as long as ``models``.
+        extras: by kind, in the method's order; each as long as ``models``. Of methods that say
+            which fit them, nothing where the further checkpoints hold nothing.
         wide: whether values are float64 while they are merged.
         group: tensors of one group are made from the same models; a measure over the model is
             taken over a group.
@@ -54,7 +56,7 @@ class OutputTensor:
     base: TensorRef | None
     models: tuple[TensorRef, ...]
     positions: tuple[int, ...]
-    extras: tuple[tuple[str, tuple[TensorRef, ...]], ...]
+    extras: Extras
     wide: bool
     group: int
     whole: bool = False
@@ -114,6 +116,7 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
             if found is not None:
                 tensors[name] = found
     chooser.check_patterns(universe)
+    fitter.extras.check()
     if not tensors and not findings.problems:
         text = "The rules drop every tensor, so there is nothing to write. Narrow their patterns."
         findings.problem(mismatch.Plain(text))
@@ -136,7 +139,11 @@ def match(recipe: Recipe, sources: Mapping[ModelName, Checkpoint]) -> Outputs:
 
 
 class _Fitter:
-    """Checks that the inputs of a tensor fit together; keeps what many tensors share."""
+    """Checks that the inputs of a tensor fit together; keeps what many tensors share.
+
+    Attributes:
+        extras: chooses what further checkpoints hold for it.
+    """
 
     def __init__(
         self,
@@ -154,6 +161,7 @@ class _Fitter:
         self._methods: dict[object, tuple[Method | None, tuple[str, ...]]] = {}
         self._groups: dict[tuple[int, tuple[int, ...]], int] = {}
         self._copy = methods.get("passthrough").cls(scale=(1.0,))
+        self.extras = ExtrasChooser(recipe, sources, findings)
 
     def output(self, part: Part, name: str, inputs: Inputs) -> OutputTensor | None:
         """The output tensor; None where there is a problem."""
@@ -178,10 +186,11 @@ class _Fitter:
             self._findings.problem(mismatch.Fp8(tuple(dict.fromkeys(models))), name)
             return None
         method = self._method(part, name, inputs)
-        extras = self._extras(part, name, inputs)
-        if method is None or extras is None:
+        found = None if method is None else self.extras.extras(part, name, inputs, method)
+        if found is None:
             return None
-        whole, split = self._matrices(method, name, shape, inputs)
+        method, extras = found
+        whole, split = self._matrices(method, name, shape, inputs, extras)
         inputs = self._ordered(method, inputs)
         return OutputTensor(
             name=name,
@@ -199,16 +208,19 @@ class _Fitter:
         )
 
     def _matrices(
-        self, method: Method, name: str, shape: tuple[int, ...], inputs: Inputs
+        self, method: Method, name: str, shape: tuple[int, ...], inputs: Inputs, extras: Extras
     ) -> tuple[bool, Split | None]:
         """Whether the method sees matrices of this tensor as a whole, and how they lie in it."""
         info = info_of(method)
         whole = info.matrix_pass is not None and method.whole(name, shape)
+        whole = whole and (bool(extras) or not info.extras)
         splits = [self._recipe.rules[number].split for number in inputs.rules]
         split = next((split for split in reversed(splits) if split), None)
         if split is None:
             return whole, None
         wrong = split_problem(shape, split) if whole else f"{info.name} takes it element by element"
+        if whole and extras:
+            wrong = f"its {' and '.join(info.extras)} is of the whole tensor; remove it"
         if wrong:
             self._findings.problem(mismatch.Parameters(f"split: {wrong}"), name)
         return whole, split if whole and not wrong else None
@@ -263,44 +275,6 @@ class _Fitter:
         for text in found[1]:
             self._findings.problem(mismatch.Parameters(text), name)
         return found[0]
-
-    def _extras(
-        self, part: Part, name: str, inputs: Inputs
-    ) -> tuple[tuple[str, tuple[TensorRef, ...]], ...] | None:
-        """The tensors of further checkpoints, by kind; None where one does not fit."""
-        kinds = inputs.info.extras if inputs.info else ()
-        if not kinds:
-            return ()
-        found: dict[str, tuple[TensorRef, ...]] = {}
-        for kind in kinds:
-            refs = [
-                self._extra(kind, part, position, ref, name)
-                for position, ref in zip(inputs.positions, inputs.models, strict=True)
-            ]
-            found[kind] = tuple([ref for ref in refs if ref is not None])
-        complete = all(len(refs) == len(inputs.models) for refs in found.values())
-        return tuple(found.items()) if complete else None
-
-    def _extra(
-        self, kind: str, part: Part, position: int, ref: TensorRef, name: str
-    ) -> TensorRef | None:
-        """The tensor that goes with one model's ``ref``."""
-        source = self._recipe.slices[part.slice].sources[position]
-        extra = source.extras.get(kind)
-        if extra is None:
-            self._findings.problem(mismatch.ExtraUnnamed(kind, source.where), name)
-            return None
-        held = self._sources[extra].tensors.get(ref.name)
-        wrong = "it is missing"
-        if held is not None:
-            if held.shape == ref.shape and held.dtype.is_float:
-                return held
-            wrong = f"its shape is {list(held.shape)}, the model's {list(ref.shape)}"
-            if held.shape == ref.shape:
-                wrong = f"its dtype is {held.dtype.torch_name}"
-        unfit = mismatch.ExtraUnfit(kind, extra, source.model)
-        self._findings.problem(unfit, name, f"{ref.name}: {wrong}")
-        return None
 
     def _report_shapes(self, part: Part, name: str, inputs: Inputs) -> None:
         named = inputs.named(part)

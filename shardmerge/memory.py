@@ -97,7 +97,7 @@ def _kind(tensor: OutputTensor) -> object:
     decoded = [ref.decode for ref in refs if ref.decode is not None]
     return (
         (tensor.shape, id(tensor.dtype), id(tensor.method), tensor.wide),
-        (tensor.whole, tensor.split),
+        (tensor.whole, tensor.split, tuple([refs[0].shape for _, refs in tensor.extras])),
         (tensor.base is None, len(tensor.models), is_far(tensor)),
         tuple([(id(ref.dtype), ref.decode is None) for ref in refs]),
         tuple([kind_of(decode) for decode in decoded]),
@@ -181,21 +181,28 @@ def resident_bytes(tensor: OutputTensor, device: str) -> int:
 def matrix_bytes(tensor: OutputTensor) -> int:
     """Memory for the largest matrix of a tensor whose method sees it as a whole.
 
-    The base model's stored elements stay, one more input is read at a time, and the result of a
-    block stays until it is written.
+    The base model's stored elements stay, where there is one; one more input is read at a time, and
+    the result of a block stays until it is written.
     """
-    step = info_of(tensor.method).matrix_pass
+    info = info_of(tensor.method)
+    step = info.matrix_pass
     assert step is not None and step.workspace is not None
     columns = block_shape(tensor.shape)[1]
     shapes = matrix_shapes(tensor.shape, tensor.split)
     rows = max(rows for rows, _ in shapes)
-    base, *others = (stored_bytes(ref, rows * columns) for ref in inputs_of(tensor))
+    numels = [
+        rows * columns if ref.shape == tensor.shape else block_numel(ref.shape)
+        for ref in inputs_of(tensor)
+    ]
+    stored = list(map(stored_bytes, inputs_of(tensor), numels))
+    kept = stored.pop(0) if tensor.base else 0
+    sides = [block_shape(refs[0].shape)[0] for kind, refs in tensor.extras if kind in info.extras]
     return (
-        base
-        + max(others)
-        + max(step.workspace(*shape) for shape in shapes)
+        kept
+        + max(stored)
+        + max(step.workspace(*shape, *sides) for shape in shapes)
         + block_numel(tensor.shape) * tensor.dtype.itemsize
-        + min(rows * columns, CONVERTED) * 16
+        + min(max(numels), CONVERTED) * 16
     )
 
 
@@ -241,16 +248,25 @@ def share_memory(
 
 def _matrix_too_large(tensor: OutputTensor, memory_bytes: int, beside: int) -> MemoryBudgetError:
     rows, columns = max(matrix_shapes(tensor.shape, tensor.split), key=math.prod)
-    method, needed = info_of(tensor.method).name, matrix_bytes(tensor)
+    info, needed = info_of(tensor.method), matrix_bytes(tensor)
+    sides = [f"{kind} of {_by(refs[0])}" for kind, refs in tensor.extras if kind in info.extras]
+    beside_it = f", with a {' and a '.join(sides)} each," if sides else ","
+    other, last = "linear, parameters: {weight: 1.0}", "."
+    if info.adds:
+        other = "task_arithmetic"
+        last = ";\n  in a state of continual merging: parameters: {project: never}."
     return MemoryBudgetError(
-        f"{method} on {tensor.name} needs {_mib(needed)}; the budget is {_mib(memory_bytes)}, of "
-        f"which {_mib(beside)} are taken for the program itself.\n"
-        f"  It sees whole matrices: {rows} x {columns}, whose decomposition is computed in "
+        f"{info.name} on {tensor.name} needs {_mib(needed)}; the budget is {_mib(memory_bytes)}, "
+        f"of which {_mib(beside)} are taken for the program itself.\n"
+        f"  It sees whole matrices: {rows} x {columns}{beside_it} which are decomposed in "
         "float64.\n"
         f"  Give --memory {math.ceil((needed + beside) / 2**20)}MiB or more, or another method for "
-        f'these tensors by a rule: {{tensors: "{_glob(tensor.name)}", merge_method: '
-        "task_arithmetic};\n  in a state of continual merging: parameters: {project: never}."
+        f'these tensors by a rule: {{tensors: "{_glob(tensor.name)}", merge_method: {other}}}{last}'
     )
+
+
+def _by(ref: TensorRef) -> str:
+    return " x ".join(map(str, block_shape(ref.shape)))
 
 
 def _glob(name: str) -> str:

@@ -387,20 +387,49 @@ class ExtraUnnamed:
 
 @dataclass(frozen=True, slots=True)
 class ExtraUnfit:
-    """A further checkpoint whose tensors do not fit those of its model. Details tell how."""
+    """A further checkpoint whose tensors do not fit those of its model. Details tell how.
+
+    Args:
+        own: whether they are of shapes of their own, and not needed of every tensor.
+    """
 
     kind: str
     extra: ModelName
     model: ModelName
+    own: bool = False
 
     def message(self, found: Found) -> str:
         """The tensors and how they differ."""
-        return (
+        told = (
             f"{self.extra}, the {self.kind} of {self.model}, does not fit it in {found.count}:\n"
             f"{found.listing}\n"
-            "  It must hold a floating-point tensor of the same name and shape for every tensor\n"
+        )
+        if self.own:
+            return (
+                f"{told}  For each tensor all models' must hold one, or none.\n"
+                f"  Collect it again from {self.model}, or average {found.them}: "
+                f"{found.rule('merge_method: linear, parameters: {weight: 1.0}')}"
+            )
+        return (
+            f"{told}  It must hold a floating-point tensor of the same name and shape for every "
+            "tensor\n"
             f"  that is merged. Estimate it again from {self.model}, or copy {found.them}: "
             f"{found.rule(take_from(self.model))}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NoExtras:
+    """Further checkpoints of which none holds anything of any tensor that a method merges."""
+
+    method: str
+    kind: str
+
+    def message(self, found: Found) -> str:
+        """What that comes from."""
+        return (
+            f"No {self.kind} checkpoint holds anything for any tensor that {self.method} merges.\n"
+            f"  Its tensors have the names of the models': compare them with `shardmerge inspect`."
         )
 
 

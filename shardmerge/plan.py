@@ -429,8 +429,13 @@ class _Planner:
         tensor = self._tensors[piece.tensor]
         refs = inputs_of(tensor) if step is None else refs_read(tensor, step)
         times = len(matrix_shapes(tensor.shape, tensor.split)) if _is_cut_across(tensor) else 1
-        nbytes = times * (piece.stop - piece.start) * sum(ref.dtype.itemsize for ref in refs)
-        return nbytes + sum(read_beside(ref, piece.start, piece.stop) for ref in refs)
+        nbytes, numel = 0, max(1, tensor_numel(tensor))
+        for ref in refs:
+            # Of an input of another shape, as large a part as of the tensor: all blocks together.
+            first, last = (at * ref.numel // numel for at in (piece.start, piece.stop))
+            nbytes += times * (last - first) * ref.dtype.itemsize
+            nbytes += read_beside(ref, piece.start, piece.stop)
+        return nbytes
 
     def _tile_bytes(self, tensor: int) -> int:
         kind = self._kinds[tensor]

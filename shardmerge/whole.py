@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from shardmerge.decode import value_dtype
+from shardmerge.errors import CheckpointError
 from shardmerge.kernels.linalg import linear_on
 from shardmerge.layout import Piece
 from shardmerge.matrices import block_numel, block_shape, matrices_in
-from shardmerge.memory import CONVERTED, inputs_of, tensor_numel
-from shardmerge.methods.api import Array, info_of
-from shardmerge.numerics import DType, to_floats
+from shardmerge.memory import CONVERTED, inputs_of
+from shardmerge.methods.api import Array, Wide, info_of
+from shardmerge.numerics import DType, to_floats, to_stored
 from shardmerge.outputs.api import PartWriter
 from shardmerge.runs import Context
 from shardmerge.window import Missing, Window
+
+_A = TypeVar("_A", bound=npt.NDArray[np.floating[Any]])
 
 
 class MatrixRun:
@@ -33,11 +37,9 @@ class MatrixRun:
         self.number = number
         self._context = context
         self._tensor = context.plan.tensors[number]
-        if self._tensor.dtype is not DType.F32:
-            raise AssertionError(f"{self._tensor.name}: matrices are written as float32")
         self._numel = block_numel(self._tensor.shape)
         self._block = -1
-        self._result = np.empty((0, 0), dtype=np.float32)
+        self._result = self._empty((0, 0))
         self._found: frozenset[tuple[int, int]] = frozenset()
         self._of_block: list[tuple[float, ...]] = []
         self._sums: list[npt.NDArray[np.float64]] = []
@@ -52,7 +54,7 @@ class MatrixRun:
             first = block * self._numel
             start, stop = max(piece.start, first), min(piece.stop, first + self._numel)
             began = time.perf_counter()
-            sink.write(self._result.reshape(-1)[start - first : stop - first].data.cast("B"))
+            sink.write(self._result.reshape(-1)[start - first : stop - first].view(np.uint8).data)
             self._context.seconds.write += time.perf_counter() - began
             if stop == first + self._numel and self._of_block:
                 self._sums.append(np.array(self._of_block))
@@ -68,25 +70,75 @@ class MatrixRun:
         tensor, shape = self._tensor, block_shape(self._tensor.shape)
         step = info_of(tensor.method).matrix_pass
         assert step is not None
-        self._result = np.empty((0, 0), dtype=np.float32)  # given back before the next is made
+        self._result = self._empty((0, 0))  # given back before the next is made
         found: set[tuple[int, int]] = set()
-        result, self._of_block = np.empty(shape, dtype=np.float32), []
+        result, self._of_block, finite = self._empty(shape), [], True
         for rows, columns in matrices_in(tensor.shape, tensor.split):
-            with self._context.arena.borrowed(), self._context.computing:
+            # What is not finite is told by name; numpy need not warn of it.
+            quiet = np.errstate(invalid="ignore", over="ignore")
+            with self._context.arena.borrowed(), self._context.computing, quiet:
                 matrices = _Matrices(self._context, self.number, block, (rows, columns))
                 began = time.perf_counter()
-                result[rows, columns], sums = step.function(tensor.method, matrices)
+                values, sums = step.function(tensor.method, matrices)
+                finite &= _store(values, tensor.dtype, result[rows, columns])
+                del values
                 self._context.seconds.kernel += time.perf_counter() - began - matrices.waited_s
-            self._of_block.append(sums)
+            self._of_block += [sums] if sums else []
             found |= {(self.number, which) for which in matrices.non_finite}
-        if not found and not np.isfinite(result).all():
+        if not found and not finite:
             found = {(self.number, -1)}
         self._block, self._result, self._found = block, result, frozenset(found)
+
+    def _empty(self, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+        """Room for elements as they are stored."""
+        dtype = self._tensor.dtype
+        return np.empty(shape, dtype="uint16" if dtype is DType.BF16 else dtype.torch_name)
+
+
+def _store(values: Array, dtype: DType, into: npt.NDArray[np.generic]) -> bool:
+    """Round values once; gives whether all are finite then.
+
+    Args:
+        values: [rows, columns].
+        into: the same elements as they are stored.
+    """
+    finite, step = True, max(1, CONVERTED // 4 // max(1, values.shape[1]))
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
+        stored = to_stored(values[rows], dtype)
+        into[rows] = stored.view(into.dtype).reshape(into[rows].shape)
+        finite &= bool(np.isfinite(to_floats(stored, dtype)).all())
+    return finite
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a matrix lies in its tensor: some columns of consecutive rows.
+
+    Args:
+        start: flat index of its first row's first element.
+        rows: of it.
+        width: columns of the tensor.
+        columns: of them, its own.
+    """
+
+    start: int
+    rows: int
+    width: int
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, len(range(self.width)[self.columns])
 
 
 class _Matrices:
     """One matrix of every input, read when it is asked for.
 
+    Args:
+        block: number of the block that it is in.
+        place: its rows and columns in the block.
     Attributes:
         non_finite: numbers of the inputs that hold NaN or infinity.
         waited_s: seconds of reading.
@@ -97,12 +149,8 @@ class _Matrices:
     ) -> None:
         self._context = context
         self._tensor = context.plan.tensors[number]
-        self._numel = tensor_numel(self._tensor)
-        rows, columns = block_shape(self._tensor.shape)
-        self._rows = range(rows)[place[0]]
-        self._columns = place[1]
-        self._width = columns
-        self._start = block * block_numel(self._tensor.shape) + self._rows.start * columns
+        self._block = block
+        self._place = place
         self._refs = inputs_of(self._tensor)
         self._base: Window | None = None
         self.non_finite: set[int] = set()
@@ -113,12 +161,17 @@ class _Matrices:
         """How many models there are."""
         return len(self._tensor.models)
 
+    def model(self, model: int) -> Wide:
+        """The values of a model; float64 [rows, columns]."""
+        number = model if self._tensor.base is None else 1 + model
+        return self._read(number, np.empty(self._place_in(number).shape))
+
     def delta(self, model: int) -> Array:
-        """The task vector of a model; shape [rows, columns]."""
+        """The task vector of a model; float32 [rows, columns]."""
         if self._base is None:
             self._base = self._window(0)
         with self._context.arena.borrowed():
-            values = self._empty()
+            values = np.empty(self._place_in(0).shape, dtype=np.float32)
             chunks = zip(
                 self._chunks(1 + model, self._window(1 + model)),
                 self._chunks(0, self._base),
@@ -129,43 +182,75 @@ class _Matrices:
         return values
 
     def extra(self, kind: str) -> Array | None:
-        """The first matrix of this kind; None where there is none."""
-        refs = dict(self._tensor.extras).get(kind, ())
-        if not refs:
+        """The first matrix of this kind, float32; None where there is none."""
+        if not self._numbers(kind):
             return None
-        number = self._refs.index(refs[0])
-        values = self._empty()
-        with self._context.arena.borrowed():
-            for rows, chunk in self._chunks(number, self._window(number)):
-                values[rows] = chunk
-        return values
+        number = self._numbers(kind)[0]
+        return self._read(number, np.empty(self._place_in(number).shape, dtype=np.float32))
+
+    def wide_extra(self, kind: str, model: int) -> Wide:
+        """The matrix of a model's further checkpoint, float64."""
+        number = self._numbers(kind)[model]
+        return self._read(number, np.empty(self._place_in(number).shape))
+
+    def unfit(self, kind: str, why: str, model: int | None = None) -> CheckpointError:
+        """What to raise for values that the method cannot use."""
+        numbers = self._numbers(kind)
+        which = numbers if model is None else numbers[model : model + 1]
+        where = " and ".join(self._refs[number].segments[0].url for number in which)
+        return CheckpointError(
+            f"{self._tensor.name}: {why}.\n  So the {kind} in {where} is none. Make it again, or "
+            f"name another."
+        )
 
     def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
         """Where the plan's kernels run."""
         return linear_on(self._context.plan.device)(function, *matrices)
 
+    def _numbers(self, kind: str) -> range:
+        """Numbers of the inputs that are further checkpoints of this kind."""
+        first = len(self._refs) - sum(len(refs) for _, refs in self._tensor.extras)
+        for own, refs in self._tensor.extras:
+            if own == kind:
+                return range(first, first + len(refs))
+            first += len(refs)
+        return range(0)
+
+    def _place_in(self, number: int) -> _Place:
+        """Where the matrix of an input lies: of one of another shape than the output's, all of a
+        block.
+        """
+        shape = self._refs[number].shape
+        rows, columns = self._place if shape == self._tensor.shape else (slice(None),) * 2
+        height, width = block_shape(shape)
+        span = range(height)[rows]
+        start = self._block * height * width + span.start * width
+        return _Place(start, len(span), width, columns)
+
     def _window(self, number: int) -> Window:
         """The stored rows of an input."""
-        count = len(self._rows) * self._width
-        window = Window(
-            [self._refs[number]], self._context.arena, tile=count, resident=False, numel=self._numel
-        )
-        self._fetch(window.missing(self._start, self._start + count, [0]))
+        ref, place = self._refs[number], self._place_in(number)
+        count = place.rows * place.width
+        window = Window([ref], self._context.arena, tile=count, resident=False, numel=ref.numel)
+        self._fetch(window.missing(place.start, place.start + count, [0]))
         return window
 
-    def _empty(self) -> Array:
-        width = len(range(self._width)[self._columns])
-        return np.empty((len(self._rows), width), dtype=np.float32)
+    def _read(self, number: int, values: _A) -> _A:
+        """The values of an input, in the dtype of ``values``."""
+        with self._context.arena.borrowed():
+            for rows, chunk in self._chunks(number, self._window(number)):
+                values[rows] = chunk
+        return values
 
     def _chunks(self, number: int, window: Window) -> Iterator[tuple[slice, Array]]:
         """The values of some rows of an input at a time."""
-        dtype = value_dtype(self._refs[number])
-        step = max(1, CONVERTED // self._width)
-        for first in range(0, len(self._rows), step):
-            last = min(len(self._rows), first + step)
-            start = self._start + first * self._width
-            stored = window.view(0, start, start + (last - first) * self._width)
-            chunk = to_floats(stored, dtype).reshape(last - first, self._width)[:, self._columns]
+        dtype, place = value_dtype(self._refs[number]), self._place_in(number)
+        step = max(1, CONVERTED // place.width)
+        for first in range(0, place.rows, step):
+            last = min(place.rows, first + step)
+            start = place.start + first * place.width
+            stored = window.view(0, start, start + (last - first) * place.width)
+            chunk = to_floats(stored, dtype).reshape(last - first, place.width)[:, place.columns]
             if not np.isfinite(chunk).all():
                 self.non_finite.add(number)
             yield slice(first, last), chunk

@@ -131,6 +131,30 @@ def write_checkpoint(
     return folder
 
 
+def write_grams(
+    folder: Path, specs: Specs, *, seed: int = 0, tokens: int = 100, rows: Sequence[str] = ()
+) -> Path:
+    """Gram matrices of the inputs of every matrix but tables of embeddings, float32.
+
+    Args:
+        tokens: that they are the mean of; as many inputs are seen, or all.
+        rows: weights whose inputs are their rows; config.json says so.
+    """
+    rng, found = np.random.default_rng(seed), {}
+    for name, (_, shape) in specs.items():
+        if len(shape) not in (2, 3) or 0 in shape or "embed" in name or "position" in name:
+            continue
+        side = shape[-2] if name in rows else shape[-1]
+        inputs = rng.standard_normal((*shape[:-2], tokens, side)) * np.exp(
+            rng.standard_normal(side)
+        )
+        found[name] = (np.swapaxes(inputs, -1, -2) @ inputs / tokens).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"gram": {"rows": list(rows)}}))
+    write_shard(folder / SINGLE, {n: (DType.F32, g.shape) for n, g in found.items()}, found)
+    return folder
+
+
 def write_shard(path: Path, specs: Specs, tensors: Mapping[str, Raw]) -> int:
     """One file of a checkpoint; gives the bytes of its tensors."""
     header = write_header([(name, *specs[name]) for name in tensors], align=8)

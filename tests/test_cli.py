@@ -33,6 +33,7 @@ from tests.support import (
     shrink,
     tree,
     write_checkpoint,
+    write_grams,
     write_recipe,
 )
 
@@ -46,11 +47,13 @@ LINEAR = {
 
 
 def recipe_for(method: str, folder: str = ".", **top: object) -> dict[str, Any]:
-    """A recipe of any method, over ``base``, ``a`` and ``b``; ``f`` holds Fisher information."""
+    """A recipe of any method, over ``base``, ``a`` and ``b``; ``f`` holds Fisher information, ``g``
+    Gram matrices.
+    """
     info = methods.get(method)
     low, high = info.models
     count = min(high or 2, max(low, 2))
-    extras = dict.fromkeys(info.extras, f"{folder}/f")
+    extras = {kind: f"{folder}/{kind[0]}" for kind in info.extras}
     known = {item.key for item in info.parameters}
     given = {item.key: 0.4 for item in info.parameters if item.required}
     given |= {key: 0.5 for key in ("density",) if key in known}
@@ -71,6 +74,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         for seed, name in enumerate(("base", "a", "b")):
             write_checkpoint(Path(name), specs, seed=seed, **options)
         write_checkpoint(Path("f"), specs, seed=9, positive=True, **options)
+        write_grams(Path("g"), specs, seed=9)
 
     return write
 
@@ -98,6 +102,7 @@ PLAN_KEYS = {
     "out",
     "tensors",
     "methods",
+    "matrices",
     "projected",
     "tasks",
     "passes",

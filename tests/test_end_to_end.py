@@ -42,7 +42,8 @@ from transformers import (
 
 from shardmerge import methods
 from shardmerge.cli import main
-from tests.support import INDEX, SINGLE, digests, write_recipe
+from shardmerge.numerics import DType
+from tests.support import INDEX, SINGLE, digests, write_grams, write_recipe
 from tests.test_cli import recipe_for
 
 transformers.logging.set_verbosity_error()
@@ -87,6 +88,8 @@ def write_family(folder: Path, model: PreTrainedModel, *, shard: str = "20KB") -
     (folder / "f").mkdir()
     squares = {name: tensor.square() for name, tensor in tensors(folder / "a").items()}
     save_file(squares, folder / "f" / SINGLE)
+    shapes = {name: (DType.BF16, tuple(t.shape)) for name, t in tensors(folder / "a").items()}
+    write_grams(folder / "g", shapes)
 
 
 def random(cls: type[PreTrainedModel], config: Any, *, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -106,8 +106,16 @@ PAPER_CASES = {
         {"weight": 1.0},
     ),
     "fisher_norm1": ("fisher", {"normalize": True, "epsilon": 1e-6}, {"weight": 1.0}),
+    "regmean_r1.0": (
+        "regmean",
+        {"reduce_non_diagonal": 1.0, "inputs": "columns"},
+        {"weight": 1.0},
+    ),
     "slerp_t0.35": ("slerp", {"t": 0.35}, {}),
 }
+
+
+EXTRAS = {"fisher": ("fisher",), "regmean": ("gram",)}
 
 
 @pytest.mark.parametrize("case", PAPER_CASES)
@@ -121,7 +129,7 @@ def test_papers(case, tmp_path):
             {
                 "model": str(PAPERS / f"{model}.safetensors"),
                 **({"parameters": per_model} if per_model else {}),
-                **({"fisher": str(PAPERS / f"fisher{i}.safetensors")} if "fisher" in case else {}),
+                **{kind: str(PAPERS / f"{kind}{i}.safetensors") for kind in EXTRAS.get(method, ())},
             }
             for i, model in enumerate(golden["models"])
         ],
@@ -131,7 +139,7 @@ def test_papers(case, tmp_path):
     base = PAPERS / "base.safetensors"
     if method == "slerp":  # between the two tasks: the first is slerp's base
         recipe["base_model"] = recipe["models"][0]["model"]
-    elif method not in ("linear", "fisher"):
+    elif method not in ("linear", *EXTRAS):
         recipe["base_model"] = str(base)
     ours = merged(yaml.safe_dump(recipe), tmp_path / "out")
     theirs = load_file(PAPERS / f"{case}.safetensors")

@@ -58,6 +58,7 @@ __all__ = [
     "Counts",
     "Decision",
     "Expr",
+    "ExtraTensor",
     "Floats",
     "Histograms",
     "Matrices",
@@ -68,6 +69,7 @@ __all__ = [
     "PerModel",
     "Tile",
     "Totals",
+    "Wide",
     "describe",
     "finite",
     "fraction",
@@ -109,6 +111,9 @@ Floats = npt.NDArray[np.float64]
 
 Array = npt.NDArray[np.floating[Any]]
 """A matrix as a pass over whole matrices sees it: float32 or float64, shape [rows, columns]."""
+
+Wide = npt.NDArray[np.float64]
+"""The same where it is float64 whatever is stored."""
 
 Method = Any
 """An instance of a merge method's class."""
@@ -231,7 +236,7 @@ class Pass:
     when: Callable[[Any], bool] | None = None
     reads: tuple[str, ...] = ("base", "models")
     same: tuple[str, ...] = ()
-    workspace: Callable[[int, int], int] | None = None
+    workspace: Callable[..., int] | None = None
 
     def over_of(self, method: Method) -> Over:
         """What this measure is taken over, for ``method``'s parameters."""
@@ -276,16 +281,19 @@ def merges(function: F) -> F:
     return _mark(function, Kind.MERGE)
 
 
-def merges_matrices(*, workspace: Callable[[int, int], int]) -> Callable[[F], F]:
+def merges_matrices(*, workspace: Callable[..., int]) -> Callable[[F], F]:
     """Mark the pass that takes the place of ``@merges`` where a method needs whole matrices.
 
-    It is called as ``function(self, matrices)`` with ``Matrices`` and returns the result and the
-    sums of the ``@sums`` pass. The method says by ``whole(name, shape)`` for which tensors, and by
-    ``tables()`` which names (globs) of matrices are none for it.
+    It is called as ``function(self, matrices)`` with ``Matrices`` and returns the result, float32
+    or float64, and the sums of the ``@sums`` pass (none without one). The method says by
+    ``whole(name, shape)`` for which tensors; of those, a method with ``extras`` sees as a whole
+    those that the further checkpoints hold. It may say by ``tables()`` which names (globs) of
+    matrices are none for it.
 
     Args:
-        workspace: bytes that it takes for a matrix of so many rows and columns in float32, its
-            result and all values that it asks for included.
+        workspace: bytes that it takes for a matrix of so many rows and columns, its result and all
+            values that it asks for included. With ``extras`` it is also given the number of rows
+            of the matrices that these hold.
     """
     return lambda function: _mark(function, Kind.MATRIX, workspace=workspace)
 
@@ -315,7 +323,8 @@ class MethodInfo:
 
     Args:
         models: how many models it takes besides the base (for ``Base.INPUT``: with it).
-        extras: kinds of further checkpoints that each model names (``fisher``).
+        extras: kinds of further checkpoints that each model names (``fisher``). They hold a tensor
+            of the same name and shape for every tensor, unless the method ``fits``.
         inert: parameters of mergekit's that are accepted and have no effect here.
         random: whether it draws random numbers, so that the order of models matters.
         adds: whether what its merge pass gives is not a model but a sum of task vectors, in
@@ -403,6 +412,11 @@ def merge_method(
 
     A method may define ``problems(self) -> Iterable[str]``: what is wrong with its parameters taken
     together (a zero sum of weights).
+
+    A method whose ``extras`` are of other shapes than the tensors defines ``fits(self, shape,
+    extra) -> str``: why an ``ExtraTensor`` is none for a tensor of that shape, empty where it is
+    one; and ``fitted(self, shape, extras) -> Method | str``: what merges the tensor, given one of
+    each model, or why nothing can. Tensors of which no model has one are merged element by element.
 
     A method that ``adds`` defines ``scale(self, norms, total) -> float``: what the sum is
     multiplied with, from the norms of all task vectors in it, in order, and its own. It may define
@@ -524,22 +538,51 @@ Decisions = Mapping[str, Decision | None]
 # --- whole matrices -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class ExtraTensor:
+    """A tensor of a further checkpoint, as a plan knows it.
+
+    Args:
+        name: in that checkpoint.
+        shape: of it.
+        dtype: ``float32``, ``bfloat16``, ...
+        config: of that checkpoint: its parsed ``config.json``, or an empty map.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    config: Mapping[str, object]
+
+
 class Matrices(Protocol):
     """One matrix of every input: what a pass that needs whole matrices sees.
 
-    Values are float32, shape [rows, columns]; task vectors of float64 inputs are rounded to it
-    once. What is asked for is read then.
+    What is asked for is read then, and belongs to the pass.
     """
 
     @property
     def models(self) -> int:
         """How many models there are."""
 
+    def model(self, model: int) -> Wide:
+        """The values of a model, [rows, columns]."""
+
     def delta(self, model: int) -> Array:
-        """The task vector of a model: model - base."""
+        """The task vector of a model: model - base; float32, once rounded, [rows, columns]."""
 
     def extra(self, kind: str) -> Array | None:
-        """The first matrix of further checkpoints of this kind; None where there is none."""
+        """The first matrix of further checkpoints of this kind; float32, [rows, columns]. None
+        where there is none.
+        """
+
+    def wide_extra(self, kind: str, model: int) -> Wide:
+        """The matrix of a model's further checkpoint of this kind, of whatever shape."""
+
+    def unfit(self, kind: str, why: str, model: int | None = None) -> Exception:
+        """What to raise for a further checkpoint (all of this kind, without ``model``) whose values
+        the pass cannot use.
+        """
 
     def linear(self, function: Callable[..., Any], *matrices: Array) -> Array:
         """``function(*matrices, xp=...)`` where kernels run; ``xp`` is numpy or torch."""

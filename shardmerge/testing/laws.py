@@ -31,6 +31,7 @@ from shardmerge.methods.api import (
     ORACLES,
     Base,
     Decisions,
+    ExtraTensor,
     Floats,
     Kind,
     Method,
@@ -144,6 +145,8 @@ class Case:
     @property
     def extras(self) -> dict[str, tuple[Floats, ...]]:
         """Of each further checkpoint, by kind."""
+        if not self.inputs.extras:
+            return dict.fromkeys(self.info.extras, ())
         rest = iter(self.values[-sum(len(kinds) for _, kinds in self.inputs.extras) :])
         return {name: tuple(islice(rest, len(k))) for name, k in self.inputs.extras}
 
@@ -238,8 +241,14 @@ def _setup(
     models = tuple(islice(cycle(dtypes[1:]), max(least, len(dtypes) - 1)))
     models = models[:most]
     base = dtypes[0] if info.base is Base.REQUIRED else None
-    extras = tuple((kind, models) for kind in info.extras)
+    beside = tuple(DType.F64 if dtype is DType.F64 else DType.F32 for dtype in models)
+    extras = tuple((kind, beside if _is_gram(info) else models) for kind in info.extras)
     return Setup(Inputs(base, models, extras), output, statics)
+
+
+def _is_gram(info: MethodInfo) -> bool:
+    """Whether extras are not as the tensors are, but Gram matrices of their columns or rows."""
+    return bool(info.extras) and info.matrix_pass is not None
 
 
 def _switches(info: MethodInfo) -> list[dict[str, bool | enum.Enum]]:
@@ -324,8 +333,17 @@ def cases(
         method = draw(parameters_for(info, setup, kind, fixed or {}))
         assume(not problems_of(method) and (kind is Numbers.WHOLE or not _cancel(method)))
         shape, seed = draw(st.sampled_from(shapes)), draw(st.integers(0, 2**32 - 1))
-        values = _values(setup, shape, kind, np.random.default_rng(seed))
-        return Case(method, setup.inputs, setup.output, shape, kind, seed, values)
+        rng, inputs = np.random.default_rng(seed), setup.inputs
+        if not _is_gram(info):
+            values = _values(inputs, shape, kind, rng)
+            return Case(method, inputs, setup.output, shape, kind, seed, values)
+        beside, inputs = inputs.extras, dataclasses.replace(inputs, extras=())
+        values = _values(inputs, shape, kind, rng)
+        sides = [side for side in shape[-2:] if _has_gram(method, shape, side)]
+        if sides:
+            inputs = setup.inputs
+            values += _grams(beside, (*shape[:-2], draw(st.sampled_from(sides))), kind, rng)
+        return Case(method, inputs, setup.output, shape, kind, seed, values)
 
     return draw_case()
 
@@ -343,11 +361,11 @@ def _cancel(method: Method) -> bool:
 
 
 def _values(
-    setup: Setup, shape: tuple[int, ...], numbers: Numbers, rng: np.random.Generator
+    inputs: Inputs, shape: tuple[int, ...], numbers: Numbers, rng: np.random.Generator
 ) -> tuple[Floats, ...]:
     """Values of every input. Extras are positive, as Fisher information is."""
-    extras = sum(len(kinds) for _, kinds in setup.inputs.extras)
-    dtypes = setup.inputs.dtypes
+    extras = sum(len(kinds) for _, kinds in inputs.extras)
+    dtypes = inputs.dtypes
     scale = rng.choice([0.02, 1.0]) if DType.F16 in dtypes else rng.choice([0.02, 1.0, 30.0])
     apart, common = rng.choice([0.05, 1.0]), rng.standard_normal(shape)
     found = []
@@ -361,6 +379,37 @@ def _values(
             changed = rng.random(shape) < 0.9
             values = scale * (common + apart * changed * rng.standard_normal(shape))
         found.append(loaded(stored(values, dtype), dtype).reshape(shape))
+    return tuple(found)
+
+
+MOST_INPUTS = 256
+"""Of a layer in a case: matrices of more have no Gram matrices."""
+
+
+def _has_gram(method: Method, shape: tuple[int, ...], side: int) -> bool:
+    """Whether Gram matrices of so many inputs are those of a tensor, in a case."""
+    extra = ExtraTensor("tensor", (*shape[:-2], side, side), "float32", {})
+    return side <= MOST_INPUTS and not method.fits(shape, extra)
+
+
+def _grams(
+    kinds: Sequence[tuple[str, Sequence[DType]]],
+    shape: tuple[int, ...],
+    numbers: Numbers,
+    rng: np.random.Generator,
+) -> tuple[Floats, ...]:
+    """Gram matrices, of twice as many tokens as inputs.
+
+    Args:
+        shape: [..., inputs].
+    """
+    found = []
+    for dtype in (dtype for _, dtypes in kinds for dtype in dtypes):
+        tokens = rng.standard_normal((*shape[:-1], 2 * shape[-1], shape[-1]))
+        if numbers is Numbers.WHOLE:
+            tokens = rng.integers(-2, 3, tokens.shape).astype(np.float64)
+        gram = np.swapaxes(tokens, -1, -2) @ tokens
+        found.append(loaded(stored(gram, dtype), dtype).reshape(gram.shape))
     return tuple(found)
 
 
@@ -563,12 +612,17 @@ def does_not_depend_on_tiles(info: MethodInfo) -> None:
         for blocks in (1, 2, 3):
             tiled, seen_tiled = _watch(case, tile=blocks * CANONICAL_BLOCK)
             # Bytes seldom show what rounding did to a sum: decisions do.
-            assert seen_tiled[-1].decisions == seen[-1].decisions, f"tiles of {blocks} blocks"
+            assert _decided(seen_tiled) == _decided(seen), f"tiles of {blocks} blocks"
             assert tiled == whole, f"tiles of {blocks} blocks"
 
     # Not whole numbers: their sums are exact in any order.
     rough = cases(info, numbers=[Numbers.ROUGH], shapes=SEVERAL_BLOCKS)
     _for_all(law, rough, examples=12)
+
+
+def _decided(seen: Sequence[_Asked]) -> list[Decisions]:
+    """The last decisions; none where matrices were merged as a whole."""
+    return [asked.decisions for asked in seen[-1:]]
 
 
 def equal_models_give_that_model(info: MethodInfo) -> None:
@@ -637,7 +691,7 @@ def _ordered(case: Case, order: Sequence[int]) -> Case:
     )
     own = {p.name: take(getattr(case.method, p.name)) for p in case.info.parameters if p.per_model}
     base = () if case.base is None else (case.base,)
-    extras = chain.from_iterable(map(take, case.extras.values()))
+    extras = chain.from_iterable(take(values) for values in case.extras.values() if values)
     return dataclasses.replace(
         case,
         method=dataclasses.replace(case.method, **own),
