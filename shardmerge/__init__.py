@@ -37,8 +37,8 @@ files, in the order of the data:
                 PEFT calls them; deltas, decompose, finished: matrix after matrix; report)
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
-    verify, diff, report, describe, progress, arguments, cli, cli_estimate: looking at checkpoints,
-                and the command line
+    verify, diff, report, describe, progress: looking at checkpoints and runs
+    arguments, console, cli, cli_estimate: the command line
 """
 
 __version__ = "0.1.0"

@@ -6,7 +6,8 @@ import argparse
 import re
 
 from shardmerge import __version__
-from shardmerge.kernels.device import AUTO, DEVICES
+from shardmerge.estimate.examples import MAX_LENGTH, SAMPLES, Task
+from shardmerge.kernels.device import AUTO, CPU, CUDA, DEVICES
 from shardmerge.stores import Settings
 from shardmerge.stores.settings import parse_s3
 
@@ -28,10 +29,11 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_continual(commands)
     _add_extract(commands)
-    _add_fisher(commands)
     _add_slices(commands)
     _add_looking(commands)
     _add_methods(commands)
+    _add_fisher(commands)
+    _add_gram(commands)
     return made
 
 
@@ -173,12 +175,30 @@ def _add_fisher(commands: _Commands[argparse.ArgumentParser]) -> None:
     fisher.set_defaults(command="fisher")
     fisher.add_argument("model", help="a model; with --from adam, the folder of a training")
     fisher.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
-    fisher.add_argument(
+    ways = fisher.add_mutually_exclusive_group(required=True)
+    _data(ways)
+    ways.add_argument(
         "--from",
         dest="source",
         choices=("task-vector", "adam"),
-        required=True,
         help="without data: the squared difference from --base, or Adam's second moment",
+    )
+    _examples(fisher)
+    fisher.add_argument(
+        "--label-field", default="label", metavar="NAME", help="of classifiers (default label)"
+    )
+    fisher.add_argument(
+        "--exact",
+        action="store_true",
+        help="over a classifier's own predictions; no labels are read",
+    )
+    fisher.add_argument(
+        "--deepspeed",
+        choices=("zero3",),
+        help="share a model among the processes that torchrun has started",
+    )
+    fisher.add_argument(
+        "--work", metavar="FOLDER", help="what a stopped run goes on from (default: in OUT)"
     )
     fisher.add_argument("--base", help="the base model, of --from task-vector")
     _resources(fisher)
@@ -186,6 +206,70 @@ def _add_fisher(commands: _Commands[argparse.ArgumentParser]) -> None:
     _cluster(fisher)
     _replacing(fisher)
     _telling(fisher)
+    ways_of = {"--data": _WITH_DATA, "--from": _WITHOUT_DATA}
+    only = {way: {n: fisher.get_default(n) for n in names} for way, names in ways_of.items()}
+    fisher.set_defaults(only=only)
+
+
+_WITH_DATA = (
+    *("text_field", "task", "samples", "max_length", "seed"),
+    *("label_field", "exact", "deepspeed", "work"),
+)
+_WITHOUT_DATA = ("base", "executor", "memory", "threads", "address", "gpus")
+"""Options of ``fisher`` that have no effect without data, or with it."""
+
+
+def _add_gram(commands: _Commands[argparse.ArgumentParser]) -> None:
+    gram = commands.add_parser(
+        "gram", help="collect what regmean needs of a model's layers", epilog=EXIT_CODES
+    )
+    gram.set_defaults(command="gram")
+    gram.add_argument("model", help="folder of a transformers model, or its name on the Hub")
+    gram.add_argument("out", help="folder of the new checkpoint, or s3://bucket/folder")
+    _data(gram, required=True)
+    _examples(gram)
+    gram.add_argument(
+        "--memory",
+        type=_bytes,
+        default=_bytes("4GiB"),
+        metavar="SIZE",
+        help="most bytes of matrices in one pass over the data, beside the model (default 4GiB)",
+    )
+    gram.add_argument("--device", choices=(CPU, CUDA), default=CPU, help="default cpu")
+    _places(gram)
+    _replacing(gram)
+    _telling(gram)
+
+
+def _data(parser: argparse._ActionsContainer, **options: bool) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help=".txt (an example in each line), .jsonl or .parquet",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _examples(parser: argparse.ArgumentParser) -> None:
+    """Which examples a model is run on, and how."""
+    parser.add_argument(
+        "--text-field",
+        action="append",
+        metavar="NAME",
+        help="of .jsonl and .parquet (default text); give two for pairs",
+    )
+    parser.add_argument("--task", choices=tuple(Task), help="default: by config.json")
+    parser.add_argument(
+        "--samples", type=_many, default=SAMPLES, metavar="N", help="examples (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=_many,
+        metavar="N",
+        help=f"tokens of an example (default {MAX_LENGTH}, or what the model takes)",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="default %(default)s")
 
 
 def _add_slices(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -371,6 +455,18 @@ def _share(text: str) -> float:
     if not 0 < found <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no share; write 0.9, 0.99 or 1")
     return found
+
+
+def _many(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; write a number from 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no seed; write a number from 0")
+    return int(text)
 
 
 def _count(text: str) -> int:

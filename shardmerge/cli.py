@@ -8,24 +8,21 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from shardmerge import cli_estimate, methods
 from shardmerge.arguments import parser, settings_of
+from shardmerge.console import running, stoppable, tell_published, where_of
 from shardmerge.errors import ShardmergeError, Stopped, UsageError, VerifyError
-from shardmerge.progress import Display, JsonLines, Quiet, Text, counted, size
+from shardmerge.progress import Display, JsonLines, Text, counted, size
 from shardmerge.stores import Stores
 
 if TYPE_CHECKING:
     from shardmerge.continual import State
-    from shardmerge.prepare import Where
-    from shardmerge.publish import Published
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +95,7 @@ def _let_go() -> None:
 def _merge(options: argparse.Namespace) -> int:
     from shardmerge.merge import merge
 
-    with _running(options) as (display, stop):
+    with running(options) as (display, stop):
         published = merge(
             options.recipe,
             options.out,
@@ -114,66 +111,7 @@ def _merge(options: argparse.Namespace) -> int:
             stop=stop,
             settings=settings_of(options),
         )
-    return _tell_published(published, as_json=options.json)
-
-
-@contextlib.contextmanager
-def _running(options: argparse.Namespace) -> Iterator[tuple[Display, threading.Event]]:
-    """What shows a run as the options ask for it, and the event that stops it."""
-    display: Display = JsonLines() if options.json else Quiet() if options.quiet else Text()
-    # What a library prints goes to stderr too: stdout is for results.
-    with _stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
-        try:
-            yield display, stop
-        finally:
-            display.close()
-
-
-def _tell_published(published: Published, *, as_json: bool, made: str = "merged") -> int:
-    if as_json:
-        print(json.dumps(dataclasses.asdict(published)))
-        return 0
-    for note in published.notes:
-        print(f"note: {note}", file=sys.stderr)
-    done = f"was already {made}" if published.already else made
-    print(
-        f"{published.out}: {done}; {counted(published.tensors, 'tensor')}, "
-        f"{size(published.nbytes)} in {counted(len(published.shards), 'shard')}"
-    )
-    if published.requests:
-        gib = published.requested_bytes / 2**30
-        print(
-            f"{counted(published.requests, 'request')} for {size(published.requested_bytes)}: "
-            f"{published.requests / gib:,.0f} per GiB",
-            file=sys.stderr,
-        )
-    return 0
-
-
-@contextlib.contextmanager
-def _stoppable(*, tell: bool) -> Iterator[threading.Event]:
-    """An event that Ctrl-C (or SIGTERM, SIGUSR1) sets; a second one stops at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGUSR1:  # batch systems may repeat theirs
-            signal.signal(number, signal.SIG_DFL)
-        stop.set()
-        if tell:
-            # Not by print: the signal may have come in the middle of one.
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping; again to stop at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is a batch system's
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return tell_published(published, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -205,7 +143,7 @@ def _worker(options: argparse.Namespace) -> int:
     order = load_order(options.plan)
     _go_to(order.folder)
     display: Display = JsonLines() if options.json else Text()
-    with _stoppable(tell=not options.json) as stop:
+    with stoppable(tell=not options.json) as stop:
         try:
             done = work_slice(order, index, count, progress=display, stop=stop)
         finally:
@@ -224,9 +162,9 @@ def _publish(options: argparse.Namespace) -> int:
 
     order = load_order(options.plan)
     _go_to(order.folder)
-    with _stoppable(tell=not options.json) as stop:
+    with stoppable(tell=not options.json) as stop:
         published = publish_slices(order, stop=stop)
-    return _tell_published(published, as_json=options.json)
+    return tell_published(published, as_json=options.json)
 
 
 def _go_to(folder: str) -> None:
@@ -342,21 +280,6 @@ def _state(options: argparse.Namespace, stop: threading.Event | None = None) -> 
     return State(options.state, settings_of(options), stop)
 
 
-def _where(options: argparse.Namespace) -> Where:
-    from shardmerge.prepare import Where
-
-    where = Where(
-        executor=options.executor,
-        address=options.address,
-        device=options.device,
-        gpus=options.gpus,
-        memory_bytes=options.memory,
-        threads=options.threads,
-    )
-    where.check()
-    return where
-
-
 def _continual_init(options: argparse.Namespace) -> int:
     rules = ""
     if options.rules is not None:
@@ -379,8 +302,8 @@ def _continual_init(options: argparse.Namespace) -> int:
 
 
 def _continual_add(options: argparse.Namespace) -> int:
-    where = _where(options)
-    with _running(options) as (display, stop):
+    where = where_of(options)
+    with running(options) as (display, stop):
         state = _state(options, stop)
         if options.plan:
             ready = state.plan_add(options.model, where)
@@ -419,8 +342,8 @@ def _continual_status(options: argparse.Namespace) -> int:
 
 
 def _continual_publish(options: argparse.Namespace) -> int:
-    where = _where(options)
-    with _running(options) as (display, stop):
+    where = where_of(options)
+    with running(options) as (display, stop):
         published = _state(options, stop).publish(
             options.out,
             where,
@@ -430,7 +353,7 @@ def _continual_publish(options: argparse.Namespace) -> int:
             fresh=options.fresh,
             progress=display,
         )
-    return _tell_published(published, as_json=options.json)
+    return tell_published(published, as_json=options.json)
 
 
 def _continual_undo(options: argparse.Namespace) -> int:
@@ -442,13 +365,6 @@ def _continual_undo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fisher_from(options: argparse.Namespace) -> int:
-    where = _where(options)
-    with _running(options) as (display, stop):
-        published = cli_estimate.fisher_from(options, where, display, stop)
-    return _tell_published(published, as_json=options.json, made="computed")
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _merge,
     "plan": _plan,
@@ -457,8 +373,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "continual status": _continual_status,
     "continual publish": _continual_publish,
     "continual undo": _continual_undo,
-    "extract-lora": lambda options: cli_estimate.extract_lora(options, _running),
-    "fisher": _fisher_from,
     "worker": _worker,
     "publish": _publish,
     "verify": _verify,
@@ -468,6 +382,17 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "clean": _clean,
     "methods": _methods,
     "explain": _explain,
+    "fisher": cli_estimate.fisher,
+    "gram": cli_estimate.gram,
+    "extract-lora": cli_estimate.extract_lora,
 }
-TOLD_IN_EVENTS = ("merge", "worker", "continual add", "continual publish", "extract-lora", "fisher")
+TOLD_IN_EVENTS = (
+    "merge",
+    "worker",
+    "continual add",
+    "continual publish",
+    "fisher",
+    "gram",
+    "extract-lora",
+)
 """Commands whose stderr is JSON lines with ``--json``."""

@@ -5,6 +5,7 @@
     ├── UsageError               exit 2   the command line is wrong
     ├── CheckpointError          exit 1   an input checkpoint cannot be read as it is
     │   └── HeaderError          exit 1   a safetensors header breaks the format
+    ├── DataError                exit 1   examples that a model is to be run on cannot be used
     ├── PlanError                exit 1   the recipe and these checkpoints do not fit together
     │   └── MemoryBudgetError    exit 1   a task cannot fit the memory budget
     ├── NonFiniteError           exit 1   an input or a result holds NaN or infinity
@@ -56,6 +57,10 @@ class CheckpointError(ShardmergeError):
 
 class HeaderError(CheckpointError):
     """A safetensors header that breaks the format."""
+
+
+class DataError(ShardmergeError):
+    """Examples that are missing, damaged, or that a model cannot be asked about."""
 
 
 class PlanError(ShardmergeError):

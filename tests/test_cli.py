@@ -353,7 +353,7 @@ def test_stopping_and_going_on(
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
         patched.setattr(Stops, "number", number)
-        patched.setattr("shardmerge.cli.Text", Stops)
+        patched.setattr("shardmerge.console.Text", Stops)
         assert main(["merge", path, "out", "--threads", "1"]) == 3
     out, err = capfd.readouterr()
     assert out == ""
@@ -385,8 +385,8 @@ class Twice(progress.Quiet):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 progress.Quiet = Twice
-import shardmerge.cli
-shardmerge.cli.Quiet = Twice
+import shardmerge.console
+shardmerge.console.Quiet = Twice
 main(["merge", {path!r}, "out", "--quiet"])
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -31,10 +31,21 @@ REQUIREMENTS = (
     "pydantic==2.14.3",
     "setuptools==84.2.1",
     "wheel==0.48.0",
+    "accelerate==1.15.0",
+    "transformers==5.23.0",
+    "safetensors==0.8.0",
+    "llvmlite==0.50.0",
+    "pyyaml==6.0.3",
+    "botocore==1.44.5",
+    "fsspec==2026.9.0",
+    "huggingface_hub==2.4.0",
+    "pyarrow==26.0.1",
+    "threadpoolctl==3.8.0",
 )
-"""What it imports; its own list has more, for devices that tests do not use."""
+"""What it imports, and shardmerge; its own list has more, for devices that tests do not use."""
 CONTENT = "\n".join((*REQUIREMENTS, DEEPSPEED))
 INSTALL_TIMEOUT_S = 1800.0
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent.parent / "deepspeed_train.py"
 RUN_TIMEOUT_S = 280.0
 CASES = ("1-bf16", "2-bf16", "2-fp32", "3-bf16", "3-fp16", "3-fp32")
@@ -47,17 +58,33 @@ def train(out: Path, cases: Sequence[str], folder: Path = FOLDER) -> None:
     Raises:
         ServerError: it failed, with what it wrote.
     """
+    launch(str(SCRIPT), str(out), *cases, folder=folder)
+
+
+def launch(*program: str, folder: Path = FOLDER) -> str:
+    """Run a script, or ``-m`` and a module, on two processes; gives what it writes to stdout.
+
+    Raises:
+        ServerError: it failed, with what it wrote.
+    """
+    command, env = launching(*program, folder=folder)
+    return run(command, timeout_s=RUN_TIMEOUT_S, env=env)
+
+
+def launching(*program: str, folder: Path = FOLDER) -> tuple[list[str], dict[str, str]]:
+    """The command that runs it on two processes, and its environment."""
     env = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",  # ninja
+        "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
     }
     (port,) = free_ports(1)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [folder / "bin" / "python", *launch, SCRIPT, str(out), *cases]
-    run(command, timeout_s=RUN_TIMEOUT_S, env=env)
+    count = ["--nproc-per-node", "2", "--master-port", str(port)]
+    python = str(folder / "bin" / "python")
+    return [python, "-m", "torch.distributed.run", *count, *program], env
 
 
 def missing() -> str:
