@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from benchmarks.demo.train import checkpoint, fisher
+from benchmarks.demo.train import adam, checkpoint, fisher
 
 # Task vectors that have nothing to do with each other could be added in full; these do overlap, and
 # 0.6 of their sum keeps most of each. With agreeing values averaged (ties), the same strength needs
@@ -37,7 +37,7 @@ class Merge:
 def recipes(work: Path, tasks: Sequence[str], *, quick: bool) -> list[Merge]:
     """Return the merges to run over the fine-tunes on ``tasks`` in ``work``."""
     merges = _recipes(work.resolve(), tuple(tasks))
-    return [merge for merge in merges if not quick or merge.name in ("linear", "ties")]
+    return [merge for merge in merges if not quick or merge.name in ("linear", "fisher", "ties")]
 
 
 def _recipes(work: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
@@ -52,6 +52,8 @@ def _recipes(work: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
         )
 
     yield merge("linear", "the mean of the fine-tunes", top={}, weight=1.0)
+    yield _fisher("fisher", fisher, work, tasks, "mean, weighted by estimated Fisher information")
+    yield _fisher("fisher_adam", adam, work, tasks, "mean, weighted by Adam's squared gradients")
     yield merge(
         "task_arithmetic",
         f"base + {_SUM_LAMBDA} x the sum of the task vectors",
@@ -79,7 +81,6 @@ def _recipes(work: Path, tasks: tuple[str, ...]) -> Iterator[Merge]:
         weight=1.0,
         density=0.5,
     )
-    yield _fisher(work, tasks)
     yield _slerp(work, *tasks[:2])
 
 
@@ -87,15 +88,17 @@ def _model(work: Path, name: str) -> str:
     return str(checkpoint(work, name))
 
 
-def _fisher(work: Path, tasks: tuple[str, ...]) -> Merge:
+def _fisher(
+    name: str, folder: Callable[[Path, str], Path], work: Path, tasks: tuple[str, ...], note: str
+) -> Merge:
     recipe = {
         "merge_method": "fisher",
         "models": [
-            {"model": _model(work, task), "fisher": str(fisher(work, task))} for task in tasks
+            {"model": _model(work, task), "fisher": str(folder(work, task))} for task in tasks
         ],
         "dtype": "float32",
     }
-    return Merge("fisher", recipe, "mean, weighted by squared gradients")
+    return Merge(name, recipe, note)
 
 
 def _slerp(work: Path, first: str, second: str) -> Merge:

@@ -26,7 +26,9 @@ class Demo:
     def __init__(self, work: Path, *, quick: bool) -> None:
         self.work = work / "quick" if quick else work
         self.quick = quick
-        self.settings: Settings = Settings(steps=5 if quick else 64)
+        self.settings: Settings = (
+            Settings(steps=5, fisher_samples=8) if quick else Settings(steps=64)
+        )
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.seconds: dict[str, float] = {}

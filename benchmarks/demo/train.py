@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from benchmarks.demo.encoder import Encoder, batches_by_length
 from benchmarks.demo.tasks import Example, Task
+from shardmerge.estimate.sums import Sums
 
 
 def checkpoint(work: Path, name: str) -> Path:
@@ -25,8 +26,13 @@ def checkpoint(work: Path, name: str) -> Path:
 
 
 def fisher(work: Path, name: str) -> Path:
-    """Return the folder of the Fisher information of a task's fine-tune."""
+    """Return the folder of the estimated Fisher information of a task's fine-tune."""
     return work / "fisher" / name
+
+
+def adam(work: Path, name: str) -> Path:
+    """Return the folder of Adam's squared gradients, which stand in for Fisher information."""
+    return work / "adam" / name
 
 
 def _stamp_file(work: Path, name: str) -> Path:
@@ -43,7 +49,8 @@ class Settings:
         batch_size: Texts in a batch.
         learning_rate: The largest one; it rises over the first tenth and then falls to zero.
         scale: Factor on the cosines, so that the softmax over them can be confident.
-        seed: Of the order of the batches.
+        seed: Of the order of the batches, and of the examples that ``fisher_samples`` draws.
+        fisher_samples: Training examples whose squared gradients are the Fisher information.
     """
 
     steps: int
@@ -51,6 +58,7 @@ class Settings:
     learning_rate: float = 1e-4
     scale: float = 20.0
     seed: int = 0
+    fisher_samples: int = 128
 
     def rate_at(self, step: int) -> float:
         """Return the share, in (0, 1], of the learning rate which ``step`` uses."""
@@ -111,8 +119,9 @@ def fine_tune(
         optimizer.zero_grad()
         progress(step + 1)
     encoder.save(checkpoint(work, task.name))
-    information = _fisher_information(trained, optimizer, settings)
-    _save_fisher(encoder, fisher(work, task.name), information)
+    _save_fisher(encoder, adam(work, task.name), _adams_squares(trained, optimizer, settings))
+    estimated = _fisher_information(encoder, trained, task, head, settings)
+    _save_fisher(encoder, fisher(work, task.name), estimated)
     stamp_file.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     return True
 
@@ -136,6 +145,27 @@ def _digest(task: Task) -> str:
 
 
 def _fisher_information(
+    encoder: Encoder,
+    trained: dict[str, torch.nn.Parameter],
+    task: Task,
+    head: Tensor,
+    settings: Settings,
+) -> dict[str, Tensor]:
+    """Return the mean over examples of the squared gradient of the right class's log-probability.
+
+    What ``shardmerge fisher`` does for transformers' own heads; this one is the demonstration's.
+    """
+    sums = Sums(trained)
+    count = min(settings.fisher_samples, len(task.train))
+    for example in random.Random(settings.seed).sample(task.train, count):
+        cosines = encoder.embed([example.text]) @ head.T
+        log_p = functional.log_softmax(settings.scale * cosines, dim=-1)[0, example.target]
+        log_p.backward()  # type: ignore[no-untyped-call]
+    wholes = {name: sums.whole(name) for name in trained}
+    return {name: whole / count for name, whole in wholes.items() if whole is not None}
+
+
+def _adams_squares(
     trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW, settings: Settings
 ) -> dict[str, Tensor]:
     """Return Adam's mean of squared gradients: a diagonal Fisher information that costs nothing.

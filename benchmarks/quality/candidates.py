@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.demo.train import checkpoint, fisher
+from benchmarks.demo.train import adam, checkpoint
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 1.0)
 DENSITIES = (0.2, 0.5)
@@ -91,7 +91,7 @@ def _entries(method: str, work: Path, order: Sequence[str]) -> Iterator[dict[str
     for task in order:
         entry: dict[str, object] = {"model": str(checkpoint(work, task))}
         if method == "fisher":
-            entry["fisher"] = str(fisher(work, task))
+            entry["fisher"] = str(adam(work, task))
         elif method != _ORDERED:
             entry["parameters"] = {"weight": 1.0}
         yield entry

@@ -112,7 +112,7 @@ class _Parts(Sums):
 
         self._engine = engine
         self._size, self._rank = distributed.get_world_size(), distributed.get_rank()
-        super().__init__(loaded)
+        super().__init__(loaded.parameters)
         self._shapes = {name: p.ds_shape for name, p in loaded.parameters.items()}  # type: ignore[attr-defined]
 
     def empty(self, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -66,7 +66,7 @@ class OneDevice:
 
     def sums(self, loaded: Loaded) -> Sums:
         """Sums on the device."""
-        return Sums(loaded)
+        return Sums(loaded.parameters)
 
     def agree(self, wish: int) -> int:
         """There is nobody else."""
@@ -83,15 +83,17 @@ class OneDevice:
 class Sums:
     """Sums of squared gradients, taken as soon as a parameter's gradient is whole.
 
+    Args:
+        parameters: that are trained, by name; their hooks stay.
     Attributes:
         weight: of the squares that come next.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.weight: torch.Tensor | float = 1.0
         self._finite: dict[str, torch.Tensor] = {}
-        self._held = {name: self.empty(p) for name, p in loaded.parameters.items()}
-        for name, parameter in loaded.parameters.items():
+        self._held = {name: self.empty(p) for name, p in parameters.items()}
+        for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(functools.partial(self._take, name))
 
     def empty(self, parameter: torch.nn.Parameter) -> torch.Tensor:
