@@ -35,6 +35,7 @@ files, in the order of the data:
                 and what stands in for them without
     extract     the LoRA adapter of a model against its base (choice, names: which layers and how
                 PEFT calls them; deltas, decompose, finished: matrix after matrix; report)
+    architectures  what a config tells of a model: task, head, how weights are stored
     numerics    dtypes, random numbers, exact sums, checksums
     errors      every exception
     verify, diff, report, describe, progress: looking at checkpoints and runs

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "shardmerge"
 
 ORDER = [
-    ["errors", "numerics"],
+    ["errors", "numerics", "layers", "architectures"],
     ["stores.api"],
     ["header", "kernels.language", "kernels.philox", "stores.retry", "stores.settings"],
     ["kernels.blas", "kernels.projection", "kernels.factors"],
@@ -40,7 +40,6 @@ ORDER = [
     ["recipe_read"],
     ["recipe"],
     ["state"],
-    ["layers"],
     ["mismatch"],
     ["parts"],
     ["inputs"],

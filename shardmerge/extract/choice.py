@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardmerge.errors import PlanError, UsageError
-from shardmerge.extract.names import (
+from shardmerge.architectures import (
     HEADS,
     added_prefix,
     is_multimodal,
@@ -16,6 +15,7 @@ from shardmerge.extract.names import (
     loaded_name,
     task_type,
 )
+from shardmerge.errors import PlanError, UsageError
 from shardmerge.layers import input_embedding, is_tied, output_embeddings
 from shardmerge.methods.opcm import NOT_PROJECTED
 from shardmerge.numerics import DType
