@@ -193,7 +193,10 @@ class Planner:
     def match(self, recipe: Recipe, sources: Sources) -> Outputs:
         """Match the tensors of sources that are open."""
         outputs = match(recipe, sources)
-        outputs = replace(outputs, notes=(*outputs.notes, *_notes(sources)))
+        notes = [*outputs.notes, *_notes(sources)]
+        if not sources[outputs.donor].config:
+            notes.append(f"{outputs.donor}: has no config.json, so there is none beside the result")
+        outputs = replace(outputs, notes=tuple(notes))
         assets.config_of(outputs, sources[outputs.donor])  # refuses layers that it cannot describe
         return outputs
 

@@ -545,3 +545,103 @@ def test_only_the_matched_models_have_adapters(llama, adapter):
     outputs = match(recipe, sources)
     coded = [sum(ref.decode is not None for ref in inputs_of(t)) for t in outputs.tensors]
     assert set(coded) == {0, 1} and sum(coded) == 6
+
+
+# --- what ties, heads and layers of two kinds mean ------------------------------------------------
+
+
+def agrees_with_peft(kind: type, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The published model, loaded by transformers, is PEFT's merged one."""
+    copy_of(f"{base}+{adapter}", tmp_path)
+    found = kind.from_pretrained(tmp_path / "out").state_dict()
+    want = merged_by_peft(kind, base, adapter)
+    for name, value in want.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("target", ("lm_head", "c_fc"))
+def test_square_layers_are_as_their_type_stores_them(tmp_path, target):
+    """PEFT writes down what it did with the last layer, which may be of the other kind."""
+    torch.manual_seed(0)
+    config = GPT2Config(**{**GPT2.to_diff_dict(), "tie_word_embeddings": False})
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    options = {"r": 3, "target_modules": ["c_attn", "c_proj", target], "fan_in_fan_out": True}
+    adapter = trained(model, tmp_path / "adapter", **options)
+    for said in (True, False):
+        configured(adapter, fan_in_fan_out=said)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        agrees_with_peft(GPT2LMHeadModel, tmp_path / "base", adapter, tmp_path)
+
+
+def tied(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLAMA.to_diff_dict(), "tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("saved", (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]))
+def test_tied_embeddings_of_which_one_was_trained_whole(tmp_path, saved):
+    base = tied(tmp_path)
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": saved}
+    adapter = trained(fresh(base), tmp_path / "adapter", **options)
+    agrees_with_peft(LlamaForCausalLM, base, adapter, tmp_path)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_tied_embeddings_that_are_adapted_together(tmp_path):
+    base = tied(tmp_path)
+    adapter = trained(fresh(base), tmp_path / "adapter", r=2, target_modules=["embed_tokens"])
+    agrees_with_peft(LlamaForCausalLM, base, adapter, tmp_path)
+
+
+def test_copies_of_tied_embeddings_are_no_others(tmp_path):
+    base = tied(tmp_path)
+    model = get_peft_model(fresh(base), LoraConfig(target_modules=["q_proj"], r=2))
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    agrees_with_peft(LlamaForCausalLM, base, tmp_path / "adapter", tmp_path)
+
+
+def test_a_tied_output_embedding_that_is_adapted(tmp_path):
+    base = tied(tmp_path)
+    adapter = trained(fresh(base), tmp_path / "adapter", r=2, target_modules=["lm_head"])
+    assert "tied to the input embedding" in refusal(base, adapter)
+
+
+def test_biases_beside_modules_that_were_trained_whole(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLAMA.to_diff_dict(), "attention_bias": True, "mlp_bias": True})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["o_proj"], "bias": "all"}
+    adapter = trained(fresh(tmp_path / "base"), tmp_path / "adapter", **options)
+    names = load_file(adapter / "adapter_model.safetensors")
+    assert any("original_module" in name for name in names)
+    agrees_with_peft(LlamaForCausalLM, tmp_path / "base", adapter, tmp_path)
+
+
+def test_an_adapter_that_does_not_reach_every_layer(llama, adapter):
+    """As one of a model with fewer layers, or one of which a part was lost."""
+    module = "base_model.model.model.layers.1.mlp.up_proj"
+    gone = [f"{module}.lora_{x}.weight" for x in "AB"]
+    with_tensors(adapter, lambda tensors: [tensors.pop(name) for name in gone])
+    told = refusal(llama, adapter)
+    assert "no factors of 1 matrices" in told and "model.layers.1.mlp.up_proj.weight" in told
+    base = open_checkpoint(str(llama))
+    assert open_adapted(base, str(adapter), any_base=True)
+    assert open_adapted(base, str(configured(adapter, layers_to_transform=[0])))
+
+
+def test_an_adapter_that_reaches_further_than_it_says(llama, adapter):
+    told = refusal(llama, configured(adapter, target_modules=["q_proj", "up_proj"]))
+    assert "that its target_modules do not name" in told and "o_proj" in told
+
+
+def test_names_that_peft_would_not_read(llama, adapter):
+    def shortened(tensors):
+        for name in list(tensors):
+            tensors[name.removesuffix(".weight")] = tensors.pop(name)
+
+    assert "whose meaning is not known" in refusal(llama, with_tensors(adapter, shortened))

@@ -664,3 +664,11 @@ def test_arrays_keep_their_shape(shape, seed):
     a, b = rng.integers(-9, 9, (2, *shape))
     got = merge_arrays(Linear(weight=(1.0, 1.0), normalize=False), models=[a, b])
     assert got == np.asarray(a + b).tolist()
+
+
+@pytest.mark.parametrize("normalize", (True, False))
+def test_fisher_information_is_never_negative(normalize):
+    """A model named in its place, say: the result is NaN, which is not published."""
+    method = Fisher(weight=(1.0, 1.0), normalize=normalize, epsilon=1e-6)
+    found = merge_arrays(method, models=[[1, 2], [3, 4]], fisher=[[1, -0.5], [1, 1]])
+    assert np.isfinite(found[0]) and np.isnan(found[1])

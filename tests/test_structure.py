@@ -28,7 +28,7 @@ ORDER = [
     ["kernels.linalg"],
     ["kernels.regression"],
     ["sources.quantised", "sources.torch_file"],
-    ["sources.sharded", "sources.zero_layout", "sources.zero_states"],
+    ["sources.adapter_settings", "sources.sharded", "sources.zero_layout", "sources.zero_states"],
     ["sources.torch_bin"],
     ["methods.api", "sources.hf", "sources.zero", "sources.dcp"],
     ["sources.adapter"],

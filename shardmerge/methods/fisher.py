@@ -25,6 +25,7 @@ from shardmerge.methods.api import (
     parameter,
     settle,
     sum_of,
+    where,
     wide,
 )
 
@@ -49,7 +50,8 @@ class Fisher:
     Shapes: elementwise; any shape; F has the shape of its tensor.
     Raises:
         RecipeError: for weights that are all 0.
-        NonFiniteError: where all F are 0 with epsilon 0: a division of 0 by 0.
+        NonFiniteError: where all F are 0 with epsilon 0: a division of 0 by 0; and for F below 0,
+            which no mean of squares is: it counts as NaN.
     Differs: the authors' code puts a floor of 1e-6 under the target model's F only; here epsilon is
         added to all, as FusionBench and MergeLM do. A common factor of all n_k cancels, so they
         are not divided by their sum.
@@ -89,7 +91,7 @@ class Fisher:
         if scales is not None:
             weights = [w * n for w, n in zip(weights, scales, strict=True)]
         masses = [
-            w * (wide(f) + self.epsilon)
+            w * (where(f < 0, math.nan, wide(f)) + self.epsilon)
             for w, f in zip(weights, tile.extras["fisher"], strict=True)
         ]
         total = sum_of([m * model for m, model in zip(masses, tile.models, strict=True)])

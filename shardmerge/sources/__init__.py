@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from shardmerge.errors import CheckpointError, StoreError
 from shardmerge.header import is_plain_name
-from shardmerge.sources.adapter import open_adapter
+from shardmerge.sources.adapter import Adapted, open_adapter
 from shardmerge.sources.dcp import holds_dcp, open_dcp
 from shardmerge.sources.hf import holds_safetensors, open_hf
 from shardmerge.sources.sharded import Twins
@@ -32,6 +32,8 @@ __all__ = ["Checkpoint", "Twins", "open_adam", "open_adapted", "open_checkpoint"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
 
+
+_ANY_BASE = "If it is meant so, write {model: ..., lora: ..., any_base: true}."
 
 Opened = Callable[[str, Store], Checkpoint]
 """Opens what lies at a place."""
@@ -76,23 +78,28 @@ def open_adapted(
         CheckpointError: for an adapter that is damaged, that does not fit, or whose own files name
             another model of the Hub.
     """
-    declared = ""
+    found: list[Adapted] = []
 
     def opened(place: str, store: Store) -> Checkpoint:
-        nonlocal declared
-        adapted, declared = open_adapter(base, place, store)
-        return adapted
+        found.append(open_adapter(base, place, store))
+        return found[-1].checkpoint
 
     adapted = _at(url, revision, stores or Stores(), opened)
+    if any_base:
+        return adapted
+    if found[-1].doubt:
+        raise CheckpointError(
+            f"{url}: {found[-1].doubt}.\n  It was trained on another model than {base.url}, or is "
+            f"not complete. {_ANY_BASE}"
+        )
+    declared = found[-1].declared
     given, named = _model_of(base.url), _model_of(declared)
-    if any_base or not named or _last(given) == _last(named):
+    if not named or _last(given) == _last(named):
         return adapted
     told = f"{url}: says that it was trained on {shown(declared)}"
     if given != base.url and _HUB_NAME.fullmatch(named):
         raise CheckpointError(
-            f"{told}, which is another model than {given}.\n"
-            "  Name that as its base; or, if this is meant, write {model: ..., lora: ..., "
-            "any_base: true}."
+            f"{told}, which is another model than {given}.\n  Name that as its base. {_ANY_BASE}"
         )
     note = f"{told}; {shown(base.url)} was taken for the same model"
     return replace(adapted, notes=(*adapted.notes, note))

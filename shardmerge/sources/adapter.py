@@ -12,12 +12,14 @@ Reference: Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 20
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shardmerge.architectures import HEADS, is_transposed, model_type, task_type
 from shardmerge.errors import CheckpointError
+from shardmerge.layers import input_embedding, is_tied, output_embeddings
+from shardmerge.sources.adapter_settings import MERGE_FIRST, AdapterSettings, read_settings
 from shardmerge.sources.folder import few, read_small
 from shardmerge.sources.hf import open_hf
 from shardmerge.sources.tensor import Checkpoint, LowRank, TensorRef
@@ -27,74 +29,51 @@ from shardmerge.stores.api import Store
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|embedding_([AB])(?:\.default)?)")
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_COPY = ".original_module."
+"""In names of what a module was before it was trained whole: PEFT does not read it either."""
 _BASE_LAYER = ".base_layer."
-_MERGE_FIRST = "Merge it into its base model first (peft: `merge_and_unload`, `save_pretrained`)"
-
-_NO_EFFECT = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""Settings that are read here, or that say how the adapter was trained and not what it means."""
-_MEANS = {
-    "use_dora": "it is a DoRA adapter, which also scales the norm of each row",
-    "lora_bias": "it adds to biases, too",
-    "target_parameters": "it adapts parameters that are not the weights of layers",
-    "trainable_token_indices": "it trains single rows of embeddings",
-    "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "it acts on some tokens only",
-}
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base model as it is."""
+_HEAD = "lm_head.weight"
+_UNTIED = {"tie_word_embeddings": False}
+_TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
 
-def open_adapter(base: Checkpoint, url: str, store: Store) -> tuple[Checkpoint, str]:
+def open_adapter(base: Checkpoint, url: str, store: Store) -> Adapted:
     """A checkpoint with the adapter in the folder ``url`` added to it.
 
-    Returns:
-        it, and the base model that the adapter's own files name; empty where they do not.
     Raises:
         CheckpointError: for a folder that is no LoRA adapter, for one that does not fit the base,
             and for all that is not ``W + scale * B @ A`` or a module that was trained whole.
     """
     config, files = _read(url, store)
-    settings = _settings(config, store.join(url, ADAPTER_CONFIG))
+    settings = read_settings(config, store.join(url, ADAPTER_CONFIG))
     found = _sorted_out(files.tensors, url)
+    head = _untied(base, found, settings, url)
     names = _names_in(base, [*found.modules, *found.whole], url)
     tensors = dict(base.tensors)
     for name, ref in found.whole.items():
         tensors[names[name]] = _instead(tensors[names[name]], ref, url)
-    for weight, factors in _oriented(found.modules, names, tensors, settings, url):
+    for weight, factors in _oriented(found.modules, names, tensors, base.config, settings, url):
         tensors[weight] = _adapted(tensors[weight], factors, url)
+    doubt = _uncovered(found.modules, names, base, settings)
     declared = config.get("base_model_name_or_path")
-    adapted = replace(base, tensors=tensors, adapter=files)
-    return adapted, declared if isinstance(declared, str) else ""
+    adapted = replace(_with_head(base, head), tensors=tensors | head, adapter=files)
+    return Adapted(adapted, declared if isinstance(declared, str) else "", doubt)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A checkpoint with an adapter.
+
+    Args:
+        declared: the base model that the adapter's own files name; empty where they do not.
+        doubt: why it may have been trained on another; empty where nothing says so.
+    """
+
+    checkpoint: Checkpoint
+    declared: str
+    doubt: str
 
 
 # --- what is in the folder ------------------------------------------------------------------------
@@ -124,83 +103,6 @@ def _read(url: str, store: Store) -> tuple[Mapping[str, object], Checkpoint]:
         raise CheckpointError(f"{place} is not a JSON object. Download it again.")
     opened = (open_hf if weights == _WEIGHTS[0] else open_bin)(store.join(url, weights), store)
     return config, replace(opened, url=url, versions={**opened.versions, **versions})
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a configuration says about every matrix.
-
-    Args:
-        ranks, alphas: by patterns of module names.
-        transposed: whether weights are stored as [in, out], where shapes do not tell.
-    """
-
-    rank: int
-    alpha: float
-    rank_stabilised: bool
-    transposed: bool
-    ranks: tuple[tuple[re.Pattern[str], float], ...]
-    alphas: tuple[tuple[re.Pattern[str], float], ...]
-
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Rank of a module's factors, and what their product is multiplied with."""
-        rank = _first(self.ranks, module, self.rank)
-        alpha = _first(self.alphas, module, self.alpha)
-        return int(rank), alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-
-def _first(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, other: float) -> float:
-    """The value of the first pattern that a module's name ends with, as PEFT takes it."""
-    return next((value for pattern, value in patterns if pattern.match(module)), other)
-
-
-def _settings(config: Mapping[str, object], place: str) -> _Settings:
-    """The settings; refused where they would change values in a way that is not known here."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{place}: peft_type is {kind!a}; only LORA is read. {_MERGE_FIRST}.")
-    for key, value in config.items():
-        if value and key not in _NO_EFFECT:
-            why = _MEANS.get(key, "what it means for the weights is not known here")
-            raise CheckpointError(
-                f"{place}: {key} is set: {why}, which is not supported.\n  {_MERGE_FIRST}."
-            )
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        raise CheckpointError(
-            f"{place}: init_lora_weights is {start!a}: it changes the base model's own weights "
-            f"before training, which is not supported.\n  {_MERGE_FIRST}."
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not _is_number(alpha):
-        raise CheckpointError(f"{place}: r is {rank!a} and lora_alpha {alpha!a}; correct them.")
-    return _Settings(
-        rank=rank,
-        alpha=float(alpha),  # type: ignore[arg-type]
-        rank_stabilised=config.get("use_rslora") is True,
-        transposed=config.get("fan_in_fan_out") is True,
-        ranks=_patterns(config, "rank_pattern", place),
-        alphas=_patterns(config, "alpha_pattern", place),
-    )
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _patterns(
-    config: Mapping[str, object], key: str, place: str
-) -> tuple[tuple[re.Pattern[str], float], ...]:
-    """Values by what module names end with."""
-    given = config.get(key) or {}
-    try:
-        if not isinstance(given, dict) or not all(_is_number(v) and v > 0 for v in given.values()):
-            raise ValueError("it must map names to numbers above 0")
-        return tuple(
-            (re.compile(rf"(?:.*\.)?(?:{name})$"), float(value)) for name, value in given.items()
-        )
-    except (ValueError, re.error) as problem:
-        raise CheckpointError(f"{place}: {key}: {problem}. Correct it.") from None
 
 
 # --- what the tensors are -------------------------------------------------------------------------
@@ -235,16 +137,16 @@ def _sorted_out(tensors: Mapping[str, TensorRef], url: str) -> _Found:
         factor = _FACTOR.fullmatch(inner)
         if not name.startswith(_PREFIX) or (factor is None and "lora_" in inner):
             unknown.append(name)
-        elif factor is None:
-            found.whole[inner] = ref
-        else:
+        elif factor is not None:
             module = found.modules.setdefault(f"{factor[1]}.weight", _Factors())
-            module.embedding |= factor[2] is not None
-            setattr(module, factor[3].lower(), ref)
+            module.embedding |= factor[2] is None
+            setattr(module, (factor[2] or factor[3]).lower(), ref)
+        elif _COPY not in inner:
+            found.whole[inner] = ref
     if unknown:
         raise CheckpointError(
             f"{url}: tensors whose meaning is not known ({len(unknown):,}): {few(unknown)}.\n"
-            f"  {_MERGE_FIRST}."
+            f"  {MERGE_FIRST}."
         )
     lone = [name for name, factors in found.modules.items() if not (factors.a and factors.b)]
     if lone:
@@ -262,54 +164,129 @@ def _names_in(base: Checkpoint, names: Sequence[str], url: str) -> dict[str, str
     A checkpoint may have been saved from the model with its head or from the one inside of it: then
     all names differ by one prefix.
     """
-    for rename in _renamings(names[0], base.tensors):
-        if all(rename(name) in base.tensors for name in names):
-            return {name: rename(name) for name in names}
-    lacking = [name for name in names if name not in base.tensors]
-    raise CheckpointError(
-        f"{url}: adapts {len(lacking):,} of {len(names):,} tensors that {base.url} does not have: "
-        f"{few(lacking)}.\n"
-        "  It was trained on another model, or tensors are tied there or named in another way.\n"
-        f"  Name the model that it belongs to. Else: {_MERGE_FIRST[0].lower()}{_MERGE_FIRST[1:]}."
-    )
+    names = list(dict.fromkeys(names))
+
+    def lacking(rename: Callable[[str], str]) -> list[str]:
+        return [name for name in names if rename(name) not in base.tensors]
+
+    ways = list(_renamings(names, base.tensors))
+    rename = min(ways, key=lambda way: len(lacking(way)))
+    if left := lacking(rename):
+        raise CheckpointError(
+            f"{url}: adapts {len(left):,} of {len(names):,} tensors that {base.url} does not have: "
+            f"{few(left)}.\n  {_why_lacking(left, base)}\n"
+            f"  Name the model that it belongs to, or {MERGE_FIRST[0].lower()}{MERGE_FIRST[1:]}."
+        )
+    return {name: rename(name) for name in names}
 
 
-def _renamings(name: str, there: Mapping[str, TensorRef]) -> Iterator[Callable[[str], str]]:
+def _why_lacking(names: Sequence[str], base: Checkpoint) -> str:
+    heads = output_embeddings(names)
+    if len(heads) == len(names) and is_tied(base.config):
+        return "The output embedding is tied to the input embedding there."
+    if all(name.partition(".")[0] in _TASK_HEADS for name in names):
+        return "The adapter has a head of its own: its base is a checkpoint that was saved with it."
+    return "It was trained on another model, or transformers gives its layers other names."
+
+
+def _renamings(
+    names: Sequence[str], there: Mapping[str, TensorRef]
+) -> Iterator[Callable[[str], str]]:
     """Ways to make names those of the base, the likely ones first."""
     yield lambda name: name
-    first = name.partition(".")[0] + "."
-    yield lambda name: name.removeprefix(first)
-    prefixes = {other.removesuffix(name) for other in there if other.endswith(f".{name}")}
+    for first in dict.fromkeys(f"{name.partition('.')[0]}." for name in names):
+        yield lambda name, first=first: name.removeprefix(first)  # type: ignore[misc]
+    known = names[0]
+    prefixes = {name.removesuffix(known) for name in there if name.endswith(f".{known}")}
     for prefix in sorted(prefixes):
         yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
+
+
+# --- tied embeddings ------------------------------------------------------------------------------
+
+
+def _untied(
+    base: Checkpoint, found: _Found, settings: AdapterSettings, url: str
+) -> dict[str, TensorRef]:
+    """The output embedding of a base that ties it, where the adapter has made it another.
+
+    PEFT puts a module that is trained whole in the place of one of two that are tied; the other
+    stays as it was. What it stores of embeddings besides is a copy, which both are.
+
+    Raises:
+        CheckpointError: where it is not known what becomes of the other, or one was adapted.
+    """
+    if not is_tied(base.config) or output_embeddings(base.tensors):
+        return {}
+    heads = output_embeddings([*found.whole, *found.modules])
+    if adapted := [head for head in heads if head in found.modules]:
+        raise CheckpointError(
+            f"{url}: adapts {adapted[0]}, which is tied to the input embedding in {base.url}: PEFT "
+            f"changes both.\n  {MERGE_FIRST}."
+        )
+    given = {head: found.whole.pop(head) for head in heads}
+    embedding = input_embedding(base.tensors)
+    trained = [name for name in found.whole if name.endswith(str(embedding).partition(".")[2])]
+    saved = [name for name in (*given, *trained) if _is_saved(name, settings)]
+    task = task_type(base.config)
+    if not saved or embedding is None or task in HEADS:
+        return {}
+    if task != "CAUSAL_LM" or is_tied({**base.config, **_UNTIED}):
+        raise CheckpointError(
+            f"{url}: {saved[0]} was trained whole, and is tied to other embeddings in {base.url}, "
+            f"which stay as they were.\n  That is read for causal language models only. "
+            f"{MERGE_FIRST}."
+        )
+    head = next((ref for name, ref in given.items() if name in saved), None)
+    own = base.tensors[embedding]
+    return {_HEAD: replace(own, name=_HEAD) if head is None else _instead(own, head, url, _HEAD)}
+
+
+def _is_saved(name: str, settings: AdapterSettings) -> bool:
+    return name.removesuffix(".weight").endswith(settings.saved) if settings.saved else False
+
+
+def _with_head(base: Checkpoint, head: Mapping[str, TensorRef]) -> Checkpoint:
+    """A base whose output embedding is stored by itself, where it has become another."""
+    if not head:
+        return base
+    embedding = input_embedding(base.tensors)
+    assert embedding is not None
+    shard_of = {**base.shard_of, **dict.fromkeys(head, base.shard_of[embedding])}
+    return replace(base, shard_of=shard_of, config={**base.config, **_UNTIED})
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
-def _instead(own: TensorRef, whole: TensorRef, url: str) -> TensorRef:
-    """A tensor of the base that was trained whole."""
+def _instead(own: TensorRef, whole: TensorRef, url: str, name: str | None = None) -> TensorRef:
+    """A tensor of the base that was trained whole, under its own name or another."""
     if whole.shape != own.shape:
         resized = whole.shape[1:] == own.shape[1:]
         why = "the vocabulary was resized" if resized else "it was trained on another model"
         raise CheckpointError(
             f"{url}: {own.name} has shape {list(whole.shape)} there and {list(own.shape)} in the "
-            f"base model: {why}.\n  {_MERGE_FIRST}."
+            f"base model: {why}.\n  {MERGE_FIRST}."
         )
-    return replace(whole, name=own.name)
+    return replace(whole, name=name or own.name)
 
 
 def _oriented(
     modules: Mapping[str, _Factors],
     names: Mapping[str, str],
     tensors: Mapping[str, TensorRef],
-    settings: _Settings,
+    base: Mapping[str, object],
+    settings: AdapterSettings,
     url: str,
 ) -> Iterator[tuple[str, LowRank]]:
     """The factors of each matrix, which is stored as [out, in] or [in, out].
 
-    Shapes tell; for square matrices those of the adapter's others do, else the configuration: PEFT
-    itself goes by the class of a layer.
+    Shapes tell; for square matrices the type of the base model does, where it is known, else what
+    all other matrices of the adapter have in common, else the configuration. That is the last to
+    ask: PEFT goes by the class of a layer, and writes down what it did with the last one.
+
+    Args:
+        base: its config.
     """
     told: dict[str, bool] = {}
     for name, factors in modules.items():
@@ -324,6 +301,8 @@ def _oriented(
                 f"{url}: adapts {names[name]} as {list(shape)}, but it is {list(stored)} in the "
                 "base model.\n  It was trained on another model; name that one."
             )
+        elif model_type(base):
+            told[name] = is_transposed(_module(name), base)
     others = {told[name] for name in told if not modules[name].embedding}
     default = others.pop() if len(others) == 1 else settings.transposed
     for name, factors in modules.items():
@@ -333,11 +312,42 @@ def _oriented(
         yield names[name], LowRank(left, right, scale, transposed)
 
 
+def _uncovered(
+    modules: Mapping[str, _Factors],
+    names: Mapping[str, str],
+    base: Checkpoint,
+    settings: AdapterSettings,
+) -> str:
+    """What the adapter says it adapts and does not, or does and does not say; empty if neither."""
+    if settings.targets is None:
+        return ""
+    beyond = [name for name in modules if not settings.targets(_module(name))]
+    if beyond:
+        return f"it holds factors of modules that its target_modules do not name: {few(beyond)}"
+    adapted = {names[name] for name in modules}
+    left = [
+        name
+        for name, ref in base.tensors.items()
+        if len(ref.shape) == 2
+        and name.endswith(".weight")
+        and name not in adapted
+        and settings.targets(_module(name))
+        and not _is_saved(name, settings)
+    ]
+    if left and settings.all_targets:
+        return (
+            f"it has no factors of {len(left):,} matrices that its target_modules name: {few(left)}"
+        )
+    return ""
+
+
 def _module(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def _check_rank(name: str, factors: _Factors, settings: _Settings, url: str) -> tuple[int, ...]:
+def _check_rank(
+    name: str, factors: _Factors, settings: AdapterSettings, url: str
+) -> tuple[int, ...]:
     """The shape of the product of two factors."""
     assert factors.a is not None and factors.b is not None
     a, b = factors.a, factors.b
@@ -345,7 +355,7 @@ def _check_rank(name: str, factors: _Factors, settings: _Settings, url: str) -> 
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise CheckpointError(
             f"{url}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; only "
-            f"linear layers and embeddings are read, no convolutions.\n  {_MERGE_FIRST}."
+            f"linear layers and embeddings are read, no convolutions.\n  {MERGE_FIRST}."
         )
     if a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
