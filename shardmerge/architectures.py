@@ -84,6 +84,9 @@ def is_transposed(module: str, config: Mapping[str, object]) -> bool:
     return model_type(config) in _TRANSPOSED and module.rpartition(".")[2] in _CONV1D
 
 
-def is_multimodal(config: Mapping[str, object]) -> bool:
-    """Whether a model has parts for images or sound, whose modules transformers renames."""
-    return any(re.fullmatch(r"(vision|audio|image|speech)_config", key) for key in config)
+_MEDIA = re.compile(r"(vision|audio|image|speech)_config|image_size|patch_size")
+
+
+def is_of_media(config: Mapping[str, object]) -> bool:
+    """Whether a model, or a part of it, is for images or sound: transformers renames modules."""
+    return any(_MEDIA.fullmatch(key) for key in config)

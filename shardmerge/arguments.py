@@ -130,7 +130,7 @@ def _add_extract(commands: _Commands[argparse.ArgumentParser]) -> None:
         "extract-lora", help="the LoRA adapter of a model against its base", epilog=EXIT_CODES
     )
     extract.set_defaults(command="extract-lora")
-    extract.add_argument("model", help="a fine-tune of the base model")
+    extract.add_argument("model", help="a fine-tune of the base model, or BASE+ADAPTER")
     extract.add_argument("out", help="folder of the adapter, or s3://bucket/folder")
     extract.add_argument("--base", required=True, help="the base model")
     ranks = extract.add_mutually_exclusive_group(required=True)

@@ -15,19 +15,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from shardmerge import __version__
 from shardmerge.errors import (
     CheckpointError,
     LedgerMismatchError,
     NonFiniteError,
     OutputError,
-    RecipeError,
     SourceChangedError,
     StateError,
     StoreError,
-    UsageError,
 )
 from shardmerge.execute import Progress
 from shardmerge.kept import check_added, scale_decisions, scaled, summed
@@ -35,10 +31,10 @@ from shardmerge.ledger import fingerprint
 from shardmerge.merge import published_sums, run
 from shardmerge.outputs import open_output
 from shardmerge.outputs.api import STAGING
-from shardmerge.prepare import Planner, Prepared, Sources, Where, open_model
+from shardmerge.prepare import Planner, Prepared, Sources, Where, model_named, open_model
 from shardmerge.progress import counted
 from shardmerge.publish import PROVENANCE, Published
-from shardmerge.recipe import ModelName, Recipe
+from shardmerge.recipe import ModelName
 from shardmerge.sources import open_checkpoint
 from shardmerge.sources.tensor import Checkpoint, reads
 from shardmerge.state import KEEP, RECORD, Model, Record, Step, as_json, kept, record_from
@@ -419,16 +415,8 @@ def _told_of_states(state: str) -> Iterator[None]:
 
 
 def _model_name(text: str) -> ModelName:
-    """A model as a recipe would name it: a path or URL, with ``@revision``.
-
-    A path is made absolute: a state is gone on with from other folders.
-    """
-    values = {"merge_method": "linear", "models": [{"model": text, "parameters": {"weight": 1.0}}]}
-    try:
-        recipe = Recipe.parse(yaml.safe_dump(values), where=text)
-    except RecipeError as problem:
-        raise UsageError(str(problem)) from None
-    name = recipe.slices[0].sources[0].model
+    """The model; a path is made absolute: a state is gone on with from other folders."""
+    name = model_named(text)
     adapter = None if name.adapter is None else _absolute(name.adapter)
     return replace(_absolute(name), adapter=adapter)
 

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from shardmerge import __version__, assets, executors
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, RecipeError, UsageError
 from shardmerge.kept import adding, check_added, refs_of, scaled, summed
 from shardmerge.kernels.device import AUTO, CPU, CUDA, choose_device
 from shardmerge.match import Outputs, match
@@ -249,30 +249,65 @@ class Planner:
         return device
 
 
-def open_sources(recipe: Recipe, stores: Stores) -> Sources:
-    """Every checkpoint that the recipe names, by name."""
+IN_A_RECIPE = " Where '+' is part of a path, write {path: ...}."
+"""Advice about models that recipes name."""
+
+
+def open_sources(recipe: Recipe, stores: Stores, *, advice: str = IN_A_RECIPE) -> Sources:
+    """Every checkpoint that the recipe names, by name.
+
+    Args:
+        advice: on a model that is not there, where its name has a ``+``.
+    """
     names, twins = _named(recipe), Twins()
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        opened = pool.map(lambda name: open_model(name, stores, twins), names)
+        opened = pool.map(lambda name: open_model(name, stores, twins, advice), names)
         return dict(zip(names, opened, strict=True))
 
 
-def open_model(name: ModelName, stores: Stores, twins: Twins | None = None) -> Checkpoint:
-    """A checkpoint, with its adapter where it has one."""
+def open_model(
+    name: ModelName, stores: Stores, twins: Twins | None = None, advice: str = ""
+) -> Checkpoint:
+    """A checkpoint, with its adapter where it has one; ``advice`` as for ``open_sources``."""
     try:
         found = open_checkpoint(name.url, name.revision, stores, twins)
     except CheckpointError as problem:
         if name.adapter is None:
             raise
         raise CheckpointError(
-            f"{problem}\n  (Of {name}, the base of an adapter. Where '+' is part of a path, write "
-            "{path: ...}.)"
+            f"{problem}\n  (Of {name}: the base of an adapter, '+', and the adapter.{advice})"
         ) from None
     if name.adapter is None:
         return found
     adapter = name.adapter
     return open_adapted(found, adapter.url, adapter.revision, stores, any_base=name.any_base)
+
+
+def model_named(text: str) -> ModelName:
+    """A model as a command names it.
+
+    A local path that exists is itself, whatever is in it; else it is what a recipe makes of the
+    text: a path or URL, with ``@revision``, with ``+`` and an adapter.
+
+    Raises:
+        UsageError: for a text that names no model.
+    """
+    if os.path.exists(os.path.expanduser(text)):  # noqa: PTH110, PTH111  Path raises
+        return ModelName(text.rstrip("/") or "/")
+    values = {"merge_method": "linear", "models": [{"model": text, "parameters": {"weight": 1.0}}]}
+    try:
+        recipe = Recipe.parse(yaml.safe_dump(values), where=text)
+    except RecipeError as problem:
+        what = str(problem).removeprefix("models[0].model: ").partition("; if ")[0]
+        raise UsageError(f"a model {what}" if what.startswith("must") else what) from None
+    return recipe.slices[0].sources[0].model
+
+
+def public_name(name: ModelName, stores: Stores) -> str:
+    """The name as it may be shown: without login and query, which the stores keep for requests."""
+    adapter = name.adapter and replace(name.adapter, url=stores.public(name.adapter.url))
+    return str(replace(name, url=stores.public(name.url), adapter=adapter))
 
 
 def _named(recipe: Recipe) -> list[ModelName]:

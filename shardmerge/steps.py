@@ -211,16 +211,19 @@ def told(recipe: Recipe, record: Record, last: ModelName | None, dtype: str | No
     )
 
 
-def _values(record: Record, models: Sequence[ModelName]) -> dict[str, object]:
+def named(name: ModelName) -> dict[str, object]:
+    """A model as a recipe names it, whatever is in its path."""
+
     def path(name: ModelName) -> dict[str, object]:
         revision = {} if name.revision is None else {"revision": name.revision}
         return {"path": name.url, **revision}
 
-    def named(name: ModelName) -> dict[str, object]:
-        if name.adapter is None:
-            return {"model": path(name)}
-        return {"model": path(name), "lora": path(name.adapter), "any_base": name.any_base}
+    if name.adapter is None:
+        return {"model": path(name)}
+    return {"model": path(name), "lora": path(name.adapter), "any_base": name.any_base}
 
+
+def _values(record: Record, models: Sequence[ModelName]) -> dict[str, object]:
     values: dict[str, object] = {
         "merge_method": record.method,
         "base_model": named(record.base.model),

@@ -26,11 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from shardmerge.architectures import added_prefix, task_type
 from shardmerge.cli import main
 from shardmerge.errors import Stopped
 from shardmerge.extract import Wanted, decompose, extract_lora, lora
 from shardmerge.extract.finished import Finished, Matrix
-from shardmerge.extract.names import adapter_config, added_prefix, base_name, task_type
+from shardmerge.extract.names import adapter_config, base_name
 from shardmerge.kernels.factors import factorise, residual
 from shardmerge.numerics import DType
 from shardmerge.outputs import open_output
@@ -204,6 +205,24 @@ def test_names_of_a_base_model_without_a_head(gpts, tmp_path):
         np.testing.assert_allclose(value, wanted[name].numpy(), atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("bare", ["base", "model"])
+def test_a_base_model_without_a_head_and_a_fine_tune_with_one(gpts, tmp_path, bare):
+    """One as the published gpt2, the other as transformers saves it."""
+    folders = dict(zip(("base", "model"), gpts, strict=True))
+
+    def renamed(held: dict[str, np.ndarray]) -> None:
+        for name in list(held):
+            held[name.removeprefix("transformer.")] = held.pop(name)
+
+    folders[bare] = str(changed(folders[bare], tmp_path / "bare", renamed))
+    out, options = tmp_path / "out", ("--rank", "2", "--save-modules", "*ln_f")
+    assert extract(folders["base"], folders["model"], out, *options) == 0
+    assert report(out)["left_out"] == []
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(gpts[1]).state_dict()
+    for name, value in given_back(folders["base"], out).items():
+        np.testing.assert_allclose(value, wanted[name].numpy(), atol=2e-6, err_msg=name)
+
+
 def changed(folder: str, out: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
     """A copy of a checkpoint, in one file, with other values."""
     held = weights(folder)
@@ -260,6 +279,105 @@ def test_the_head_of_a_classifier_is_stored_whole(tmp_path):
     found = given_back(str(tmp_path / "base"), tmp_path / "out", kind)
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(found[name], value.numpy(), atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [(), ("--exclude", "*classifier*")])
+def test_modules_whose_name_ends_with_the_heads_are_stored_whole(tmp_path, options):
+    """PEFT takes ``pre_classifier`` for a ``classifier``."""
+    torch.manual_seed(5)
+    config = transformers.DistilBertConfig(
+        vocab_size=48, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=8
+    )
+    model = transformers.DistilBertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    merged_lora(model, 2, target_modules=["q_lin"])
+    for head in (model.classifier, model.pre_classifier):
+        torch.nn.init.normal_(head.weight)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert extract(tmp_path / "base", tmp_path / "model", out, "--rank", "2", *options) == 0
+    assert sorted(report(out)["saved"]) == ["classifier", "pre_classifier"]
+    kind = transformers.AutoModelForSequenceClassification
+    found = given_back(str(tmp_path / "base"), out, kind)
+    for name, value in model.named_parameters():
+        np.testing.assert_allclose(found[name], value.detach(), atol=2e-6, err_msg=name)
+
+
+def test_a_table_of_vectors_is_no_layer(tmp_path):
+    """An embedding under another name than most: PEFT's layer of one has other factors."""
+    torch.manual_seed(6)
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers",)}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    wide = {f"{part}_ffn_dim": 24 for part in ("encoder", "decoder")}
+    config = transformers.BartConfig(
+        vocab_size=48, d_model=16, max_position_embeddings=8, **sizes, **heads, **wide
+    )
+    model = transformers.BartForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    for value in model.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert extract(tmp_path / "base", tmp_path / "model", out, "--rank", "24") == 0
+    left = [each["tensor"] for each in report(out)["left_out"]]
+    assert "model.shared.weight" in left
+    assert not any("shared" in each["module"] for each in report(out)["matrices"])
+    found = given_back(str(tmp_path / "base"), out, transformers.AutoModelForSeq2SeqLM)
+    for name, value in model.named_parameters():
+        if name not in left:
+            np.testing.assert_allclose(found[name], value.detach(), atol=2e-6, err_msg=name)
+
+
+def test_a_module_of_several_layers_is_stored_whole(llamas, tmp_path):
+    base, model = llamas
+    options = ("--rank", "3", "--save-modules", "*mlp")
+    assert extract(base, model, tmp_path / "out", *options) == 0
+    assert report(tmp_path / "out")["saved"] == [f"model.layers.{i}.mlp" for i in range(LAYERS)]
+    assert report(tmp_path / "out")["left_out"] == []
+    wanted = weights(model)
+    for name, value in given_back(base, tmp_path / "out").items():
+        np.testing.assert_allclose(value, wanted[name], atol=2e-6, err_msg=name)
+
+
+def test_of_a_base_model_with_an_adapter(llamas, tmp_path, capsys):
+    """What the adapter does is extracted again, or subtracted; what is excluded is compared."""
+    base, model = llamas
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert extract(base, model, first, "--rank", "3") == 0
+    capsys.readouterr()
+    adapted = f"{base}+{first}"
+    assert extract(base, adapted, out, "--rank", "3", "--exclude", "lm_head*") == 0
+    assert "NOT in the adapter: 1 tensor " in capsys.readouterr().out
+    ours, theirs = weights(out), weights(first)
+    for name in ours:
+        if name.endswith("lora_A.weight"):
+            other = name.replace("lora_A", "lora_B")
+            products = [held[other] @ held[name] for held in (ours, theirs)]
+            np.testing.assert_allclose(*products, atol=1e-6, err_msg=name)
+    assert report(out)["model"] == adapted
+    assert main(["verify", str(out)]) == 0
+    (share,) = (each["relative_difference"] for each in report(out)["left_out"])
+    delta = weights(model)["lm_head.weight"] - weights(base)["lm_head.weight"]
+    wanted = np.linalg.norm(delta) / np.linalg.norm(weights(base)["lm_head.weight"])
+    np.testing.assert_allclose(share, wanted, rtol=1e-5)
+    other = changed(model, tmp_path / "other", more_in_one_matrix)
+    assert extract(adapted, other, tmp_path / "rest", "--rank", "1") == 0
+    matrices = {each["tensor"]: each["norm"] for each in report(tmp_path / "rest")["matrices"]}
+    assert max(matrices, key=lambda name: matrices[name]) == "model.layers.3.mlp.up_proj.weight"
+    assert sorted(matrices.values())[-2] < 1e-4
+
+
+def more_in_one_matrix(held: dict[str, np.ndarray]) -> None:
+    held["model.layers.3.mlp.up_proj.weight"] += 1
+
+
+def test_a_path_with_a_plus_is_a_path(llamas, tmp_path, capsys):
+    base, model = llamas
+    there = changed(model, tmp_path / "a+b@c", lambda held: None)
+    assert extract(base, there, tmp_path / "out", "--rank", "3") == 0
+    for wrong in (f"{there}+x", f"{base}+{model}", f"{base}+", f"{tmp_path}/no+{model}"):
+        assert extract(base, wrong, tmp_path / "other", "--rank", "3") in (1, 2)
+        assert "{path" not in capsys.readouterr().err
 
 
 def test_a_tied_embedding_is_stored_with_its_twin(tmp_path, capsys):
@@ -715,17 +833,18 @@ def pairs(tmp_path: Path, config: dict[str, object], *names: str) -> tuple[Path,
     return tmp_path / "base", tmp_path / "model"
 
 
-def test_models_that_peft_finds_under_other_names(tmp_path, capsys):
-    models = pairs(tmp_path, {"vision_config": {}}, "a.weight")
+@pytest.mark.parametrize("key", ["vision_config", "image_size", "patch_size"])
+def test_models_that_peft_finds_under_other_names(tmp_path, capsys, key):
+    models = pairs(tmp_path, {key: {}}, "a.weight")
     assert extract(*models, tmp_path / "out", "--rank", "1") == 1
-    assert "parts for images or sound" in capsys.readouterr().err
+    assert "a model for images or sound, or with parts for them" in capsys.readouterr().err
 
 
 def test_experts_are_refused_by_name(tmp_path, capsys):
     names = ("a.mlp.experts.0.w1.weight", "a.q.weight")
     models = pairs(tmp_path, {}, *names)
     assert extract(*models, tmp_path / "out", "--rank", "1") == 1
-    assert "1 matrices are of experts (a.mlp.experts.0.w1.weight)" in capsys.readouterr().err
+    assert "1 matrix is of experts (a.mlp.experts.0.w1.weight)" in capsys.readouterr().err
     assert extract(*models, tmp_path / "out", "--rank", "1", "--exclude", "*expert*") == 0
 
 
@@ -733,8 +852,17 @@ def test_a_saved_module_that_peft_would_take_others_for(tmp_path, capsys):
     models = pairs(tmp_path, {}, "norm.weight", "a.input_norm.weight", "a.q.weight")
     options = ("--rank", "1", "--save-modules")
     assert extract(*models, tmp_path / "out", *options, "norm") == 1
-    assert "'norm' would also be a.input_norm" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "'norm' would also be a.input_norm" in told
+    assert "Give --save-modules '*norm', which is all of them" in told
     assert extract(*models, tmp_path / "out", *options, "*norm") == 0
+
+
+def test_all_matrices_are_stored_whole(tmp_path, capsys):
+    models = pairs(tmp_path, {}, "a.q.weight")
+    options = ("--rank", "1", "--save-modules", "a.q")
+    assert extract(*models, tmp_path / "out", *options) == 1
+    assert "no matrix of a linear layer is left" in capsys.readouterr().err
 
 
 def test_integers_are_compared_and_never_stored_as_floats(tmp_path, capsys):

@@ -37,6 +37,7 @@ from shardmerge.estimate.examples import (
 )
 from shardmerge.estimate.models import describe_model, load_model
 from shardmerge.estimate.tensors import Group, stored
+from shardmerge.methods.fisher import SMALL
 from shardmerge.sources import open_checkpoint
 from shardmerge.stores import Stores
 from tests.servers.hub import Hub
@@ -296,9 +297,9 @@ def test_one_gradient_is_alive_at_a_time(models, data, tmp_path, monkeypatch):
 
     made = sums.Sums.__init__
 
-    def make(self: Any, loaded: Any) -> None:
-        made(self, loaded)
-        self.parameters = loaded.parameters
+    def make(self: Any, parameters: Any) -> None:
+        made(self, parameters)
+        self.parameters = parameters
 
     monkeypatch.setattr(sums.Sums, "_take", take)
     monkeypatch.setattr(sums.Sums, "__init__", make)
@@ -381,6 +382,7 @@ def test_names_are_those_of_the_checkpoint(models, data, tmp_path):
     notes = json.loads((tmp_path / "out" / "shardmerge.json").read_text())["notes"]
     assert notes == [
         "12 of 12 examples were used",
+        SMALL,
         "2 tensors of the checkpoint took no part in causal-lm, so F is 0 there: "
         "h.0.attn.steps, h.0.attn.bias",
     ]
@@ -708,7 +710,7 @@ def test_a_parquet_file_without_the_column(models, tmp_path, capsys):
         (3, "d.jsonl:2: label 3 is none of the model's 3: 0 (no), 1 (perhaps), 2 (yes)"),
         (-1, "label -1 is none"),
         ("never", "label 'never' is none"),
-        (True, "field 'label' is true; a label is a number or a name"),
+        (True, "field 'label' is true; a label is a whole number or a name"),
         (None, "field 'label' is null; a label"),
         ([1], "field 'label' is [1]; a label"),
     ],
@@ -763,7 +765,9 @@ def test_models_that_cannot_be_used(models, data, tmp_path, capsys):
     assert "no checkpoint in this folder" in refusal(capsys, empty, out, *options)
     adapter = broken(models, "llama", tmp_path / "d", "model.safetensors")
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
-    assert "an adapter, not a whole model" in refusal(capsys, adapter, out, *options)
+    assert "an adapter; transformers loads whole models" in refusal(capsys, adapter, out, *options)
+    both = f"{models('llama')}+{adapter}"
+    assert "an adapter; transformers loads whole models" in refusal(capsys, both, out, *options)
     quantised = broken(models, "llama", tmp_path / "e", "nothing")
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -869,16 +873,17 @@ def test_nan_names_the_example(models, tmp_path, capsys):
     assert not (tmp_path / "out" / SINGLE).exists()
 
 
-def test_a_model_that_takes_fewer_tokens_than_it_says(models, tmp_path, capsys):
-    """Positions of RoBERTa begin behind the padding's."""
+def test_a_model_that_takes_fewer_tokens_than_it_says(models, tmp_path, capsys, monkeypatch):
+    """Positions of RoBERTa begin behind the padding's; of a type that is not known to, likewise."""
     (tmp_path / "d.txt").write_text(" ".join(["w3"] * (POSITIONS + 1)))
     out, options = tmp_path / "out", ("--data", tmp_path / "d.txt")
-    assert run(models("roberta"), out, *options) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("shardmerge.estimate.models._COUNTED_FROM_PADDING", frozenset())
+        assert run(models("roberta"), out, *options) == 1
     said = capsys.readouterr().err
     assert f"d.txt:1: the model does not take its {POSITIONS} tokens" in said
-    fewer = ("--fresh", "--max-length", POSITIONS - 2)
     agree(
-        estimated(models("roberta"), out, *options, *fewer),
+        estimated(models("roberta"), out, *options, "--fresh"),
         causal_oracle(models("roberta"), [" ".join(["w3"] * (POSITIONS - 2))]),
     )
 
@@ -986,3 +991,21 @@ def test_two_models_are_merged_by_their_information(tmp_path):
         wanted = sum(m * h[name].double() for m, h in zip(mass, held, strict=True)) / sum(mass)
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
     assert main(["verify", str(tmp_path / "f0")]) == 0
+
+
+def test_the_next_token_is_not_asked_of_an_encoder(models, data, tmp_path, capsys):
+    """Each of its tokens sees those that follow."""
+    options = ("--data", data, "--task", "causal-lm")
+    told = refusal(capsys, models("bert-mlm"), tmp_path / "out", *options, status=2)
+    assert "an encoder" in told and "--task masked-lm" in told
+
+
+def test_whole_numbers_that_became_floats_are_labels(models, tmp_path):
+    """As pandas writes a column of whole numbers with a gap."""
+    records = [{"text": "w1 w2", "label": 2}, {"text": "w3", "label": 0}]
+    found = []
+    for kind in (int, float):
+        given = [{**record, "label": kind(record["label"])} for record in records]
+        data = write_jsonl(tmp_path / f"{kind.__name__}.jsonl", given)
+        found.append(estimated(models("bert"), tmp_path / f"{kind.__name__}", "--data", data))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -145,6 +145,8 @@ def _cleaned(name: str, total: np.ndarray, delta: np.ndarray) -> np.ndarray:
         ("transformer.wte.weight", (8, 4), False),
         ("wpe.weight", (8, 4), False),
         ("shared.weight", (8, 4), False),
+        ("model.shared.weight", (8, 4), False),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", (8, 4), True),
         ("conv1.weight", (8, 4, 3), False),
         ("patch.weight", (8, 4, 3, 3), False),
         ("model.norm.weight", (8,), False),

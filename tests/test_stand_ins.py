@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors.numpy import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from shardmerge.cli import main
@@ -151,6 +152,45 @@ def test_what_does_not_go_together(pair, tmp_path, capsys):
     assert fisher(model, tmp_path / "out", "--from", "task-vector", "--base", str(base)) == 1
     assert "NaN or infinity in 1 tensor" in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_same_model_and_models_of_other_architectures(pair, tmp_path, capsys):
+    model, base = pair
+    out, options = tmp_path / "out", ("--from", "task-vector", "--base")
+    for same in (model, tmp_path / "base" / ".." / "model"):
+        assert fisher(model, out, *options, str(same)) == 2
+        assert "they are the same model; F would be 0 everywhere" in capsys.readouterr().err
+    name = "model.norm.weight"
+    specs = SEVERAL_DTYPES | {name: (SEVERAL_DTYPES[name][0], (3,)), "more": (DType.F32, (2,))}
+    other = write_checkpoint(tmp_path / "other", specs)
+    for models in ((other, base), (base, other)):
+        assert fisher(models[0], out, *options, str(models[1])) == 1
+        told = capsys.readouterr().err
+        assert f"differ in names or shapes of 2 tensors: {name}, more" in told
+        assert "rules:" not in told
+
+
+def test_the_task_vector_of_an_adapter(tmp_path, capsys):
+    """A base model with it, and a path with a plus."""
+    base = write_checkpoint(tmp_path / "a+b", {"a.q.weight": (DType.F32, (3, 4))})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal(s).astype(np.float32) for s in ((3, 2), (2, 4)))
+    begin = "base_model.model.a.q.lora"
+    factors = {f"{begin}_A.weight": right, f"{begin}_B.weight": left}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    plain = tmp_path / "plain"
+    shutil.copytree(base, plain)
+    options = ("--from", "task-vector", "--base", str(base))
+    assert fisher(f"{plain}+{adapter}", tmp_path / "out", *options) == 0
+    found = values(tmp_path / "out")["a.q.weight"]
+    np.testing.assert_allclose(found, (left @ right) ** 2, rtol=1e-4, atol=1e-6)
+    for wrong in (f"{tmp_path}/no+{adapter}", f"{plain}+{adapter}+x"):
+        assert fisher(wrong, tmp_path / "other", *options) in (1, 2)
+        assert "{path" not in capsys.readouterr().err
 
 
 # --- Adam: DeepSpeed ------------------------------------------------------------------------------

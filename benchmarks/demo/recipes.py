@@ -96,6 +96,7 @@ def _fisher(
         "models": [
             {"model": _model(work, task), "fisher": str(folder(work, task))} for task in tasks
         ],
+        "parameters": {"epsilon": 1e-12},  # far below their elements
         "dtype": "float32",
     }
     return Merge(name, recipe, note)

@@ -238,9 +238,13 @@ def _text(record: Mapping[str, object], field: str, where: str) -> str:
 
 def _label(record: Mapping[str, object], field: str, where: str) -> int | str:
     label = _field(record, field, where)
+    if isinstance(label, float) and label.is_integer():
+        return int(label)  # what becomes of whole numbers in a column with a gap
     if isinstance(label, bool) or not isinstance(label, int | str):
         shown = json.dumps(label, default=str)
-        raise DataError(f"{where}: field {field!r} is {shown}; a label is a number or a name.")
+        raise DataError(
+            f"{where}: field {field!r} is {shown}; a label is a whole number or a name."
+        )
     return label
 
 

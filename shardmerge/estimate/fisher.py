@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from shardmerge.assets import as_json, patched_config
 from shardmerge.computed import Compute, write_computed
-from shardmerge.errors import DataError, DeviceError, Stopped, UsageError
+from shardmerge.errors import DataError, Stopped, UsageError
 from shardmerge.estimate.counting import Counter
 from shardmerge.estimate.examples import IGNORED, SAMPLES, Example, Sample, Task, read_sample
 from shardmerge.estimate.models import (
@@ -30,12 +30,14 @@ from shardmerge.estimate.models import (
     Loaded,
     describe_model,
     examples_for,
+    in_words_of,
     logits_of,
 )
 from shardmerge.estimate.saved import Saved
 from shardmerge.estimate.sums import Runner, Sums
 from shardmerge.estimate.tensors import stored
 from shardmerge.layout import Spec
+from shardmerge.methods.fisher import SMALL
 from shardmerge.numerics import DType
 from shardmerge.outputs import open_output
 from shardmerge.outputs.api import STAGING, Output
@@ -223,7 +225,7 @@ def _without_place(loaded: Loaded) -> list[str]:
 
 
 def _notes(loaded: Loaded, sample: Sample) -> tuple[str, ...]:
-    notes = [f"{len(sample.chosen):,} of {counted(sample.total, 'example')} were used"]
+    notes = [f"{len(sample.chosen):,} of {counted(sample.total, 'example')} were used", SMALL]
     if unused := _without_place(loaded):
         notes.append(
             f"{counted(len(unused), 'tensor')} of the checkpoint took no part in "
@@ -324,7 +326,7 @@ class _Run:
         """
         example = self.examples[min(number, len(self.examples) - 1)]
         present = float(number < len(self.examples))
-        with _in_words(example):
+        with in_words_of(example):
             if self.exact:
                 _add_exact(self.loaded, sums, example, present, keeps_graph=self.runner.keeps_graph)
             else:
@@ -336,28 +338,6 @@ class _Run:
                 "is NaN or infinite.\n  Leave the example out (with --fresh), or mend the model."
             )
         return ""
-
-
-@contextlib.contextmanager
-def _in_words(example: Example) -> Iterator[None]:
-    """What torch says of an example that is too long."""
-    import torch
-
-    tokens = counted(len(example.inputs["input_ids"]), "token")
-    try:
-        yield
-    except torch.OutOfMemoryError as problem:
-        raise DeviceError(
-            f"{example.where}: the device has too little memory for its {tokens}: {problem}\n"
-            "  Give a smaller --max-length, with --fresh, or --deepspeed zero3."
-        ) from problem
-    except (IndexError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "out of bounds" not in str(problem):
-            raise
-        raise DataError(
-            f"{example.where}: the model does not take its {tokens} ({problem}). Give a smaller "
-            "--max-length, with --fresh."
-        ) from problem
 
 
 def _log_p(loaded: Loaded, example: Example) -> torch.Tensor:

@@ -31,6 +31,7 @@ from shardmerge.estimate.models import (
     Loaded,
     describe_model,
     examples_for,
+    in_words_of,
     load_model,
     logits_of,
     torch_device,
@@ -378,7 +379,8 @@ class _Run:
                             f"{counted(len(passes), 'pass')}; matrices that were written stay, and "
                             "the same command goes on with the others"
                         )
-                    logits_of(self.loaded, example)
+                    with in_words_of(example):
+                        logits_of(self.loaded, example)
                     done += 1
                     self.counter.done(done)
             yield from sums.means()

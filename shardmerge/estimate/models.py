@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardmerge.errors import CheckpointError, DeviceError, UsageError
+from shardmerge.errors import CheckpointError, DataError, DeviceError, UsageError
 from shardmerge.estimate.examples import MAX_LENGTH, Example, Task, Text, Tokenizer, tokenised
 from shardmerge.estimate.tensors import Group, groups_of
 from shardmerge.ledger import fingerprint
+from shardmerge.progress import counted
 from shardmerge.sources import Checkpoint, open_checkpoint
 from shardmerge.sources.folder import INDEX, SINGLE, few
 from shardmerge.stores import Stores
@@ -29,6 +30,13 @@ _VOCABULARY = re.compile(
     r"(tokenizer|vocab|tekken)\.json|vocab\.txt|.*\.(model|tiktoken|spm|bpe|codes)"
 )
 """Files that say what a token is."""
+_COUNTED_FROM_PADDING = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert"),
+        *("mpnet", "longformer", "data2vec-text", "xmod", "luke", "mluke", "ibert", "esm"),
+    }
+)
+"""Types whose positions begin after the number of the padding token."""
 _AUTO = {
     Task.CAUSAL_LM: ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     Task.MASKED_LM: ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -142,6 +150,7 @@ def describe_model(model: str, task: str | None, stores: Stores) -> Described:
             "  Give the model that it was made of, or its dequantised weights."
         )
     chosen = Task(task) if task is not None else _task_of(model, config)
+    _refuse_encoder(model, chosen, config)
     labels = _labels(model, config) if chosen is Task.CLASSIFICATION else {}
     tokenizer = _tokenizer(model, names, place, config=config, **where)
     longest = _max_length(tokenizer, config)
@@ -176,7 +185,7 @@ def _checkpoint(model: str, stores: Stores) -> tuple[Checkpoint, list[str]]:
             "Copy it to a folder first."
         )
     folder = Path(model).expanduser()
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER).exists() or ("+" in model and not folder.exists()):
         _refuse_adapter(model)
     checkpoint = open_checkpoint(str(folder) if folder.is_dir() else model, None, stores)
     names = stores.open(checkpoint.url).names(checkpoint.url)
@@ -199,7 +208,7 @@ def _checkpoint(model: str, stores: Stores) -> tuple[Checkpoint, list[str]]:
 
 def _refuse_adapter(model: str) -> NoReturn:
     raise CheckpointError(
-        f"{model}: an adapter, not a whole model (it holds {ADAPTER}).\n"
+        f"{model}: an adapter; transformers loads whole models here.\n"
         "  Make a whole model of it first: `shardmerge merge` with merge_method passthrough and "
         "`model: MODEL+ADAPTER`."
     )
@@ -239,6 +248,19 @@ def _task_of(model: str, config: Any) -> Task:
     )
 
 
+def _refuse_encoder(model: str, task: Task, config: Any) -> None:
+    """Refuse to ask the next token of a model whose tokens see those that follow."""
+    from transformers.models.auto import modeling_auto
+
+    encodes = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    sees_all = getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder
+    if task is Task.CAUSAL_LM and encodes and sees_all:
+        raise UsageError(
+            f"{model}: an encoder (is_decoder is false in config.json): each token sees the ones "
+            f"that {task} would ask for. Give --task {Task.MASKED_LM}, or leave it out."
+        )
+
+
 def _names_in(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
     found: set[str] = set()
     for names in table.values():
@@ -264,7 +286,10 @@ def _labels(model: str, config: Any) -> dict[str, int]:
 def _max_length(tokenizer: Any, config: Any) -> int | None:
     """Of what tokenizer and config say; tokenizers that know no limit say 10^30."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limits = [tokenizer.model_max_length, getattr(text, "max_position_embeddings", None)]
+    places = getattr(text, "max_position_embeddings", None)
+    if isinstance(places, int) and config.model_type in _COUNTED_FROM_PADDING:
+        places -= (text.pad_token_id or 0) + 1
+    limits = [tokenizer.model_max_length, places]
     return min((int(n) for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
 
 
@@ -407,3 +432,25 @@ def _traced(described: Described, model: PreTrainedModel) -> Loaded:
             "a model that was trained for it."
         )
     return Loaded(described, model, parameters, groups, parameter_of)
+
+
+@contextlib.contextmanager
+def in_words_of(example: Example) -> Iterator[None]:
+    """What torch says of an example that is too long."""
+    import torch
+
+    tokens = counted(len(example.inputs["input_ids"]), "token")
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        raise DeviceError(
+            f"{example.where}: the device has too little memory for its {tokens}: {problem}\n"
+            "  Give a smaller --max-length, with --fresh, or --deepspeed zero3."
+        ) from problem
+    except (IndexError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "out of bounds" not in str(problem):
+            raise
+        raise DataError(
+            f"{example.where}: the model does not take its {tokens} ({problem}). Give a smaller "
+            "--max-length, with --fresh."
+        ) from problem

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import yaml
 
-from shardmerge.assets import public_text
-from shardmerge.errors import CheckpointError, PlanError
+from shardmerge.errors import CheckpointError, PlanError, UsageError
 from shardmerge.execute import Progress
 from shardmerge.match import Outputs, OutputTensor
 from shardmerge.merge import run
 from shardmerge.methods.api import Method, info_of
+from shardmerge.methods.fisher import SMALL
 from shardmerge.methods.stand_ins import SecondMoment, TaskVectorSquared, Untrained
 from shardmerge.numerics import DType
-from shardmerge.prepare import Planner, Prepared, Where
+from shardmerge.prepare import (
+    Planner,
+    Prepared,
+    Where,
+    model_named,
+    open_sources,
+    public_name,
+)
 from shardmerge.progress import counted
 from shardmerge.publish import Published
 from shardmerge.recipe import ModelName, Recipe
@@ -24,7 +32,8 @@ from shardmerge.sources import open_adam
 from shardmerge.sources.folder import few
 from shardmerge.sources.tensor import Checkpoint, TensorRef
 from shardmerge.sources.zero_states import SECOND_MOMENT
-from shardmerge.stores import Settings, Stores
+from shardmerge.steps import named
+from shardmerge.stores import Settings, Stores, is_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +62,28 @@ def fisher_from_task_vector(model: str, to: To, *, base: str) -> Published:
     Integers are left out: no method asks for their Fisher information.
 
     Args:
-        model: anything that is read as a checkpoint; ``base``, its base model, too.
+        model: anything that is read as a checkpoint, with ``+`` and an adapter of it, if need be;
+            ``base``, its base model, too.
     Raises:
+        UsageError: for a model and itself.
         PlanError: for models that do not fit together.
         ShardmergeError: for everything else that a user can mend.
     """
-    recipe = _recipe("task_arithmetic", base_model=base, models=_one(model, weight=1.0))
     planner = _planner(to)
-    sources, outputs = planner.read(recipe)
+    ours, theirs = model_named(model), model_named(base)
+    model, base = (public_name(name, planner.stores) for name in (ours, theirs))
+    if ours == theirs:
+        raise _same_model(model, base)
+    one = {"model": named(ours), "parameters": {"weight": 1.0}}
+    recipe = _recipe("task_arithmetic", base_model=named(theirs), models=[one])
+    sources = open_sources(recipe, planner.stores, advice="")
+    if _same(sources[ours], sources[theirs]):
+        raise _same_model(model, base)
+    try:
+        outputs = planner.match(recipe, sources)
+    except PlanError:  # whose advice is for recipes
+        _refuse_other_shapes(sources[ours], sources[theirs], model, base)
+        raise
     _refuse_unpaired(outputs, model, base)
     method = TaskVectorSquared()
     tensors = {t.name: replace(t, method=method) for t in outputs.tensors if t.method is not None}
@@ -68,14 +91,44 @@ def fisher_from_task_vector(model: str, to: To, *, base: str) -> Published:
     return _run(planner.plan(recipe, sources, _only(outputs, tensors)), to)
 
 
+def _same(model: Checkpoint, base: Checkpoint) -> bool:
+    """Whether both are the same files, whatever way they are named."""
+    places = [
+        [part.url if is_remote(part.url) else str(Path(part.url).resolve()) for part in each.parts]
+        for each in (model, base)
+    ]
+    return places[0] == places[1] and model.all_versions == base.all_versions
+
+
+def _same_model(model: str, base: str) -> UsageError:
+    return UsageError(
+        f"{model} and --base {base}: they are the same model; F would be 0 everywhere."
+    )
+
+
+_ONE_ARCHITECTURE = "  Both must be of one architecture, saved in the same way. Check the paths."
+
+
+def _refuse_other_shapes(ours: Checkpoint, theirs: Checkpoint, model: str, base: str) -> None:
+    """Refuse models whose tensors have other names or shapes."""
+    shapes = [{name: ref.shape for name, ref in each.tensors.items()} for each in (ours, theirs)]
+    names = [*shapes[0], *(name for name in shapes[1] if name not in shapes[0])]
+    wrong = [name for name in names if shapes[0].get(name) != shapes[1].get(name)]
+    if wrong:
+        raise PlanError(
+            f"{model} and its base model {base} differ in names or shapes of "
+            f"{counted(len(wrong), 'tensor')}: {few(wrong)}.\n{_ONE_ARCHITECTURE}"
+        )
+
+
 def _refuse_unpaired(outputs: Outputs, model: str, base: str) -> None:
     """Refuse tensors that one of two models lacks."""
     alone = [t.name for t in outputs.tensors if t.method is not None and t.base is None]
     if alone:
         raise PlanError(
-            f"{counted(len(alone), 'tensor')} of {public_text(model)} and its base model "
-            f"{public_text(base)} are in one of them only: {few(alone)}.\n"
-            "  Both must be of one architecture, saved in the same way. Check the paths."
+            f"{counted(len(alone), 'tensor')} of {model} and its base model {base} "
+            f"{'is' if len(alone) == 1 else 'are'} in one of them only: {few(alone)}.\n"
+            f"{_ONE_ARCHITECTURE}"
         )
 
 
@@ -92,7 +145,7 @@ def fisher_from_adam(training: str, to: To) -> Published:
         CheckpointError: for one without Adam's states.
         ShardmergeError: for everything else that a user can mend.
     """
-    recipe = _recipe("passthrough", models=_one(training))
+    recipe = _recipe("passthrough", models=[{"model": {"path": training}}])
     planner = _planner(to)
     weights, moments = open_adam(training, planner.stores)
     _check(weights, moments)
@@ -141,10 +194,6 @@ def _check(weights: Checkpoint, moments: Checkpoint) -> None:
 # --- as merges are ------------------------------------------------------------------------------
 
 
-def _one(model: str, **parameters: float) -> Sequence[Mapping[str, object]]:
-    return [{"model": {"path": model}, "parameters": parameters}]
-
-
 def _recipe(method: str, **values: object) -> Recipe:
     """What is matched, as a recipe of a method with the same inputs."""
     text = yaml.safe_dump({"merge_method": method, "out_dtype": "float32", **values})
@@ -169,6 +218,7 @@ def _only(outputs: Outputs, tensors: Mapping[str, OutputTensor]) -> Outputs:
     shards = zip(outputs.tensors, outputs.shard_of, strict=True)
     return replace(
         outputs,
+        notes=(*outputs.notes, SMALL),
         tensors=tuple(replace(tensor, dtype=DType.F32) for tensor in tensors.values()),
         shard_of=tuple(shard for tensor, shard in shards if tensor.name in tensors),
     )

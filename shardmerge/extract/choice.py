@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardmerge.architectures import (
     HEADS,
     added_prefix,
-    is_multimodal,
+    is_of_media,
     is_transposed,
     loaded_name,
     task_type,
@@ -109,12 +109,13 @@ def choose(model: Checkpoint, base: Checkpoint, wanted: Wanted) -> Choice:
         UsageError: for a pattern that no name matches.
     """
     config = base.config or model.config
-    if is_multimodal(config):
+    if is_of_media(config):
         raise PlanError(
-            f"{base.url}: a model with parts for images or sound. transformers loads it under "
-            "other names than it is stored by,\n  so that PEFT would not find the layers. Extract "
-            "an adapter of its language model, saved alone."
+            f"{base.url}: a model for images or sound, or with parts for them. transformers loads "
+            "it under other names than it\n  is stored by, so that PEFT would not find the layers. "
+            "Only of a language model, saved alone, an adapter can be extracted."
         )
+    model, base = _in_one_style(model, base, config)
     lacking = _lacking(model, base, wanted)
     shared = [name for name in model.tensors if name in base.tensors and name not in lacking]
     _refuse_idle([*wanted.include, *wanted.exclude], [*shared, *lacking], "tensor")
@@ -139,6 +140,25 @@ def choose(model: Checkpoint, base: Checkpoint, wanted: Wanted) -> Choice:
         modules=_matrices(model.tensors.values(), prefix),
         config=config,
     )
+
+
+def _in_one_style(
+    model: Checkpoint, base: Checkpoint, config: Mapping[str, object]
+) -> tuple[Checkpoint, Checkpoint]:
+    """Both models, by the names that transformers loads where they are saved in two ways.
+
+    A base model without a head (the published gpt2) has no ``transformer.`` before its names; the
+    fine-tune that transformers saves has.
+    """
+    prefixes = added_prefix(config, model.tensors), added_prefix(config, base.tensors)
+    if prefixes[0] == prefixes[1]:
+        return model, base
+    return _as_loaded(model, prefixes[0]), _as_loaded(base, prefixes[1])
+
+
+def _as_loaded(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    named = ((loaded_name(name, prefix), ref) for name, ref in checkpoint.tensors.items())
+    return replace(checkpoint, tensors={name: replace(ref, name=name) for name, ref in named})
 
 
 def _layer(model: TensorRef, base: TensorRef, config: Mapping[str, object], prefix: str) -> Layer:
@@ -191,13 +211,20 @@ def _saved(
 ) -> tuple[tuple[str, ...], dict[str, TensorRef]]:
     """Modules that are stored whole, and their tensors, by what transformers calls them.
 
-    They are those whose names match, and the head that PEFT stores for the model's task.
+    They are those whose names match, with all that is in them, and the head that PEFT stores for
+    the model's task: each module whose name ends with that of the head, dot or not.
     """
-    leaves = dict.fromkeys(name.rpartition(".")[0] for name in model.tensors if "." in name)
-    _refuse_idle(globs, list(leaves), "module")
-    roots = {name.partition(".")[0] for name in leaves}
-    heads = [head for head in HEADS.get(task_type(config) or "", ()) if head in roots]
-    modules = [*heads, *(m for m in leaves if _hit(m, globs) and m.partition(".")[0] not in heads)]
+    names = _modules(model.tensors)
+    lists = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].isdigit()}
+    single = [name for name in names if name not in lists]
+    _refuse_idle(globs, single, "module")
+    heads = tuple(head for head in HEADS.get(task_type(config) or "", ()) if head in names)
+    modules = _outermost(
+        [
+            *(name for name in names if name.endswith(heads)),
+            *(name for name in single if _hit(name, globs)),
+        ]
+    )
     tensors = {
         loaded_name(name, prefix): tensor
         for name, tensor in model.tensors.items()
@@ -213,6 +240,20 @@ def _saved(
     tensors |= {f"{module}{WEIGHT}": tensor for module, tensor in twin.items()}
     named = [loaded_name(module, prefix) for module in modules]
     return tuple(dict.fromkeys([*named, *twin])), tensors
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """All modules that these tensors lie in, the inner ones after those that they are part of."""
+    steps = [name.split(".") for name in names]
+    found = (".".join(parts[:depth]) for parts in steps for depth in range(1, len(parts)))
+    return list(dict.fromkeys(found))
+
+
+def _outermost(modules: Sequence[str]) -> list[str]:
+    """These modules without those that are part of others of them."""
+    taken = set(modules)
+    whole = (m for m in modules if not any(m[:i] in taken for i, c in enumerate(m) if c == "."))
+    return list(dict.fromkeys(whole))
 
 
 def _tied_head(
@@ -261,7 +302,8 @@ def _refuse_experts(names: Iterable[str]) -> None:
     experts = [name for name in names if _EXPERT.search(name)]
     if experts:
         raise PlanError(
-            f"{len(experts):,} matrices are of experts ({few(experts, 2)}). transformers loads all "
+            f"{len(experts):,} {'matrix is' if len(experts) == 1 else 'matrices are'} of experts "
+            f"({few(experts, 2)}). transformers loads all "
             "experts of\n  a layer as one tensor, which is no module that PEFT could find. Leave "
             "them out with --exclude '*expert*'\n  (and their router: --exclude '*.gate.*')."
         )
@@ -280,8 +322,7 @@ def _refuse_shadowed(
         names: of all tensors.
     """
     layers = [loaded_name(name.removesuffix(WEIGHT), prefix) for name in chosen]
-    steps = [loaded_name(name, prefix).split(".") for name in names]
-    modules = {".".join(parts[:depth]) for parts in steps for depth in range(1, len(parts))}
+    modules = _modules(loaded_name(name, prefix) for name in names)
     for module in saved:
         within = [layer for layer in layers if f".{module}." in f".{layer}."]
         others = [each for each in modules if each.endswith(module) and each not in saved]
@@ -289,7 +330,8 @@ def _refuse_shadowed(
             raise PlanError(
                 f"PEFT finds modules to save by the end of their names: '{module}' would also be "
                 f"{few(sorted({*within, *others}))}.\n"
-                "  Give --save-modules a pattern for all of them, or for none."
+                f"  Give --save-modules '*{module.removeprefix(prefix)}', which is all of them, or "
+                "a pattern for none of them."
             )
 
 

@@ -11,7 +11,7 @@ from shardmerge.errors import NonFiniteError
 from shardmerge.kernels.factors import Array
 from shardmerge.memory import CONVERTED, stored_bytes
 from shardmerge.numerics import DType, to_floats
-from shardmerge.sources.tensor import TensorRef
+from shardmerge.sources.tensor import LowRank, TensorRef
 from shardmerge.stores import Stores
 from shardmerge.window import Arena, Window
 
@@ -47,6 +47,25 @@ def read_values(tensor: TensorRef, stores: Stores) -> Array:
     for start, (chunk,) in _chunks((tensor,), stores):
         values.reshape(-1)[start : start + len(chunk)] = chunk
     return values
+
+
+def is_adapted(tensor: TensorRef) -> bool:
+    """Whether the product of an adapter's factors is added to what is stored."""
+    return isinstance(tensor.decode, LowRank)
+
+
+def delta_norms(model: TensorRef, base: TensorRef, stores: Stores) -> tuple[float, float]:
+    """The L2 norms of ``model - base`` and of ``base``, in float64.
+
+    Raises:
+        NonFiniteError: NaN or infinity in one of them.
+    """
+    squares = np.zeros(2)
+    for _, (ours, theirs) in _chunks((model, base), stores):
+        both = np.subtract(ours, theirs, dtype=np.float64), theirs.astype(np.float64)
+        squares += [np.einsum("i,i", values, values) for values in both]
+    delta, norm = np.sqrt(squares)
+    return float(delta), float(norm)
 
 
 def _chunks(refs: tuple[TensorRef, ...], stores: Stores) -> Iterator[tuple[int, tuple[Array, ...]]]:

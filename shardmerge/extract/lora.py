@@ -21,7 +21,7 @@ from shardmerge.diff import compare
 from shardmerge.errors import NonFiniteError, OutputError, PlanError, Stopped, StoreError
 from shardmerge.extract.choice import Choice, Wanted, choose
 from shardmerge.extract.decompose import STOPPED, decompose, workers_for
-from shardmerge.extract.deltas import read_values
+from shardmerge.extract.deltas import delta_norms, is_adapted, read_values
 from shardmerge.extract.finished import Finished, Matrix
 from shardmerge.extract.names import ROOT, adapter_config
 from shardmerge.extract.report import REPORT, Extracted, LeftOut, extracted, report_of
@@ -29,11 +29,16 @@ from shardmerge.kernels.factors import Array
 from shardmerge.layout import Spec
 from shardmerge.ledger import Ledger, fingerprint
 from shardmerge.outputs import Output, open_output
-from shardmerge.prepare import DEFAULT_MEMORY_BYTES, available_cpus
+from shardmerge.prepare import (
+    DEFAULT_MEMORY_BYTES,
+    available_cpus,
+    model_named,
+    open_model,
+    public_name,
+)
 from shardmerge.progress import Display, Quiet
 from shardmerge.publish import PROVENANCE, Published, occupants
-from shardmerge.recipe import ModelName
-from shardmerge.sources import Checkpoint, Twins, open_checkpoint
+from shardmerge.sources import Checkpoint, Twins
 from shardmerge.sources.adapter import ADAPTER_CONFIG
 from shardmerge.sources.folder import ADAPTER, few
 from shardmerge.staging import refuse_sources
@@ -60,7 +65,8 @@ def extract_lora(
     of a rank is split evenly over two factors: B = U sqrt(S), A = sqrt(S) V^T.
 
     Args:
-        model: anything that is read as a checkpoint; ``base``, the base model, too.
+        model: anything that is read as a checkpoint, with ``+`` and an adapter of it, if need be;
+            ``base``, the base model, too.
         out: folder of the adapter, or ``s3://bucket/folder``.
         memory_bytes: the most anonymous memory the process may use.
         threads: matrices at a time, as far as memory allows; None: one per CPU.
@@ -78,12 +84,12 @@ def extract_lora(
     stores = Stores(settings, stopping=stop)
     output = open_output(out, Stores(settings, stopping=stop))
     twins = Twins()
-    ours = open_checkpoint(model, None, stores, twins)
-    theirs = open_checkpoint(base, None, stores, twins)
-    refuse_sources(output, {ModelName(model): ours, ModelName(base): theirs})
+    names = [model_named(text) for text in (model, base)]
+    ours, theirs = (open_model(name, stores, twins) for name in names)
+    refuse_sources(output, dict(zip(names, (ours, theirs), strict=True)))
     choice = choose(ours, theirs, wanted)
     workers = workers_for(choice.layers, wanted, memory_bytes, threads or available_cpus())
-    urls = [public_text(stores.public(url)) for url in (model, base)]
+    urls = [public_name(name, stores) for name in names]
     identity = _identity(wanted, ours, theirs, urls)
     run = _Run(choice, wanted, identity, urls, output, stores, stop)
     before = None if fresh else run.published()
@@ -103,9 +109,14 @@ def _identity(
         "linear algebra": f"numpy {np.__version__}",
     }
     for kind, checkpoint in (("model", model), ("base model", base)):
-        lines = [f"{file} {text}" for file, text in sorted(checkpoint.versions.items())]
-        identity[f"source {kind}"] = "\n".join([public_text(checkpoint.url), *lines])
+        lines = [f"{file} {text}" for file, text in sorted(checkpoint.all_versions.items())]
+        urls = [public_text(part.url) for part in checkpoint.parts]
+        identity[f"source {kind}"] = "\n".join([*urls, *lines])
     return identity
+
+
+def _any_of(number: int) -> str:
+    return "the one matrix" if number == 1 else f"any of {number:,} matrices"
 
 
 def _asked(wanted: Wanted, urls: Sequence[str]) -> dict[str, object]:
@@ -185,14 +196,26 @@ class _Run:
     def _left_out(self) -> Iterator[LeftOut]:
         """Tensors that differ, and are neither layers nor saved."""
         yield from (LeftOut(name, None, why) for name, why in self.choice.lacking.items())
-        ours = {tensor.name: tensor for tensor, _ in self.choice.others}
-        theirs = {tensor.name: tensor for _, tensor in self.choice.others}
-        for found in compare(ours, theirs, self.stores):
+        for name, differs, delta, norm in self._differences():
             if self.stop.is_set():
                 raise Stopped(STOPPED)
-            if found.differing:
-                share = found.norm_diff / found.norm_b if found.norm_b else None
-                yield LeftOut(found.name, share, "no linear layer that was asked for")
+            if differs:
+                share = delta / norm if norm else None
+                yield LeftOut(name, share, "no linear layer that was asked for")
+
+    def _differences(self) -> Iterator[tuple[str, bool, float, float]]:
+        """Of each other tensor: whether it differs, the difference's norm, and the base's."""
+        adapted, ours, theirs = [], {}, {}
+        for model, base in self.choice.others:
+            if is_adapted(model) or is_adapted(base):
+                adapted.append((model, base))
+            else:
+                ours[model.name], theirs[base.name] = model, base
+        for found in compare(ours, theirs, self.stores):
+            yield found.name, found.differing > 0, found.norm_diff, found.norm_b
+        for model, base in adapted:
+            delta, norm = delta_norms(model, base, self.stores)
+            yield model.name, delta > 0, delta, norm
 
     def _decompose(
         self, finished: Finished, workers: int, progress: Display
@@ -220,9 +243,16 @@ class _Run:
         return known
 
     def _nothing(self, left_out: Sequence[LeftOut]) -> str:
+        models = f"{self.urls[0]} and its base model {self.urls[1]}"
+        if not self.choice.layers:
+            return (
+                f"{models}: no matrix of a linear layer is left that may become a layer of LoRA, "
+                "and an adapter needs one.\n"
+                "  Let --include, --exclude and --save-modules leave some."
+            )
         what = (
-            f"{self.urls[0]} and its base model {self.urls[1]} do not differ in any of "
-            f"{len(self.choice.layers):,} matrices of linear layers: there is nothing to extract."
+            f"{models} do not differ in {_any_of(len(self.choice.layers))} of linear layers: "
+            "there is nothing to extract."
         )
         if left_out:
             return f"{what}\n  What differs: {few((t.tensor for t in left_out), 5)}."

@@ -101,13 +101,15 @@ def summary(found: Extracted) -> Iterator[str]:
     for matrix in sorted(found.matrices, key=lambda each: -each.relative_error)[:_SHOWN]:
         yield f"  {matrix.relative_error:.3e}  rank {matrix.rank:<4} {matrix.tensor}"
     if found.equal:
-        yield f"{_matrices(found.equal)} do not differ from the base model's"
+        verb = "does" if found.equal == 1 else "do"
+        yield f"{_matrices(found.equal)} {verb} not differ from the base model's"
     if found.saved:
         yield f"stored whole: {counted(len(found.saved), 'module')}"
     if found.left_out:
+        verb = "differs" if len(found.left_out) == 1 else "differ"
         yield (
-            f"NOT in the adapter: {counted(len(found.left_out), 'tensor')} that "
-            "differ from the base model's; the adapter does not give the whole model back"
+            f"NOT in the adapter: {counted(len(found.left_out), 'tensor')} that {verb} from the "
+            "base model's; the adapter does not give the whole model back"
         )
 
 

@@ -29,6 +29,12 @@ from shardmerge.methods.api import (
     wide,
 )
 
+SMALL = (
+    "elements of F are often far below the epsilon of 1e-6 that merge_method: fisher adds to them; "
+    "a recipe should then say parameters: {epsilon: 1.0e-12}, or less"
+)
+"""What whoever makes an F should know."""
+
 
 @merge_method("fisher", base=Base.UNUSED, extras=("fisher",), inert=("int8_mask",))
 class Fisher:
@@ -45,7 +51,8 @@ class Fisher:
         weight: of each model, at least 0.
         normalize: n_k = 1 / (norm of F_k over the model + epsilon), so that no model counts more
             only because its gradients are larger; else n_k = 1.
-        epsilon: added to every F, at least 0; with F = 0 everywhere this is the plain average.
+        epsilon: added to every F, at least 0; with F = 0 everywhere this is the plain average. It
+            should be far below F: where it is above, models are weighed as a whole, by n_k.
         fisher: of each model, the checkpoint that holds F; beside ``model:``.
     Shapes: elementwise; any shape; F has the shape of its tensor.
     Raises:

@@ -37,6 +37,7 @@ NOT_PROJECTED = (
     "*wte.*",
     "*wpe.*",
     "shared.weight",
+    "*.shared.weight",
     "*relative_attention_bias*",
 )
 """Names of matrices that are tables of vectors, of which rows are looked up; ``*`` matches dots."""
@@ -78,9 +79,9 @@ class Opcm:
         alpha: share of the singular values' mass whose directions are protected, at least 0; 1 and
             more protect all.
         project: ``auto``: matrices, but not embeddings (*embed*, *wte.*, *wpe.*, shared.weight,
-            *relative_attention_bias*), and of three dimensions [E, rows, columns] those whose name
-            holds *expert*, as E matrices. ``always`` and ``never`` by a rule. What is not
-            projected is added as it is.
+            *.shared.weight, *relative_attention_bias*), and of three dimensions [E, rows, columns]
+            those whose name holds *expert*, as E matrices. ``always`` and ``never`` by a rule. What
+            is not projected is added as it is.
         shuffle: add the models in an order drawn from ``seed``, not in the recipe's.
     Shapes: any; a matrix and its transpose are projected alike. A rule may split one that holds
         several (``split: {rows: 3}``).

@@ -33,7 +33,7 @@ __all__ = ["Checkpoint", "Twins", "open_adam", "open_adapted", "open_checkpoint"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
 
 
-_ANY_BASE = "If it is meant so, write {model: ..., lora: ..., any_base: true}."
+_ANY_BASE = "If it is meant so, say in a recipe: {model: ..., lora: ..., any_base: true}."
 
 Opened = Callable[[str, Store], Checkpoint]
 """Opens what lies at a place."""

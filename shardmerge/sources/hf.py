@@ -115,7 +115,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (
         r"adapter_.*",
         "an adapter, and no model of its own.\n  Name it with the model that it belongs to: "
-        "`model: MODEL+ADAPTER`",
+        "MODEL+ADAPTER",
     ),
     (r".*\.gguf", f"a GGUF file, which is not supported.\n  {_CONVERT}"),
     (
