@@ -129,6 +129,7 @@ def estimate_fisher(
     if runner.rank:
         for _ in run.values(runner.told(())):
             pass
+        runner.leave()
         return None
     config = patched_config(described.checkpoint.config, dtype=DType.F32)
     with _telling_others(runner, run) as compute:
@@ -144,6 +145,7 @@ def estimate_fisher(
         )
     if not published.already:
         saved.forget()
+    runner.leave()
     return published
 
 

@@ -100,6 +100,13 @@ class Zero3:
         """Wait for all."""
         self.agree(0)
 
+    def leave(self) -> None:
+        """Wait for all, and close connections: a process that just ends has brought others down."""
+        from torch import distributed
+
+        self.meet()
+        distributed.destroy_process_group()
+
 
 class _Parts(Sums):
     """The part of each sum that this process holds: float32, flat, on the CPU.

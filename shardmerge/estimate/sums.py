@@ -48,6 +48,9 @@ class Runner(Protocol):
     def meet(self) -> None:
         """Wait for all of them."""
 
+    def leave(self) -> None:
+        """Wait for all of them, and end what connects them."""
+
 
 class OneDevice:
     """A process of its own, and the whole model on its device."""
@@ -77,6 +80,9 @@ class OneDevice:
         return names
 
     def meet(self) -> None:
+        """There is nobody else."""
+
+    def leave(self) -> None:
         """There is nobody else."""
 
 
