@@ -592,6 +592,30 @@ def test_tied_embeddings_of_which_one_was_trained_whole(tmp_path, saved):
     assert config["tie_word_embeddings"] is False
 
 
+def test_only_an_output_embedding(tmp_path):
+    """Nothing else is in the adapter's file."""
+    base = tied(tmp_path)
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    adapter = trained(fresh(base), tmp_path / "adapter", **options)
+    with_tensors(adapter, lambda t: [t.pop(name) for name in list(t) if "lora_" in name])
+    found = open_adapted(open_checkpoint(str(base)), str(adapter), any_base=True)
+    assert found.tensors["lm_head.weight"].segments[0].url.startswith(str(adapter))
+
+
+def test_modules_that_are_no_embeddings_leave_tied_ones_tied(tmp_path):
+    """Also where names have no prefix, as in the published GPT-2."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2).transformer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}
+    adapter = trained(model, tmp_path / "adapter", fan_in_fan_out=True, **options)
+    found = open_adapted(open_checkpoint(str(tmp_path / "base")), str(adapter))
+    assert "lm_head.weight" not in found.tensors and found.config == config
+
+
 def test_tied_embeddings_that_are_adapted_together(tmp_path):
     base = tied(tmp_path)
     adapter = trained(fresh(base), tmp_path / "adapter", r=2, target_modules=["embed_tokens"])

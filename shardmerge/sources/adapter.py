@@ -165,6 +165,8 @@ def _names_in(base: Checkpoint, names: Sequence[str], url: str) -> dict[str, str
     all names differ by one prefix.
     """
     names = list(dict.fromkeys(names))
+    if not names:
+        return {}
 
     def lacking(rename: Callable[[str], str]) -> list[str]:
         return [name for name in names if rename(name) not in base.tensors]
@@ -226,7 +228,7 @@ def _untied(
         )
     given = {head: found.whole.pop(head) for head in heads}
     embedding = input_embedding(base.tensors)
-    trained = [name for name in found.whole if name.endswith(str(embedding).partition(".")[2])]
+    trained = [name for name in found.whole if embedding and _is_same(name, embedding)]
     saved = [name for name in (*given, *trained) if _is_saved(name, settings)]
     task = task_type(base.config)
     if not saved or embedding is None or task in HEADS:
@@ -240,6 +242,11 @@ def _untied(
     head = next((ref for name, ref in given.items() if name in saved), None)
     own = base.tensors[embedding]
     return {_HEAD: replace(own, name=_HEAD) if head is None else _instead(own, head, url, _HEAD)}
+
+
+def _is_same(name: str, other: str) -> bool:
+    """Whether two names are the same but for a prefix of one."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
 def _is_saved(name: str, settings: AdapterSettings) -> bool:
