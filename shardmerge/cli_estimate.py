@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardmerge.arguments import settings_of
 from shardmerge.console import running, stoppable, tell_published, where_of
@@ -48,22 +48,13 @@ def _refuse_idle(options: argparse.Namespace) -> None:
 
 def _fisher_from_data(options: argparse.Namespace, stop: threading.Event) -> Published | None:
     """What was published; None in every process but the first."""
-    from shardmerge.estimate.fisher import Question, estimate_fisher
+    from shardmerge.estimate.fisher import FisherQuestion, estimate_fisher
 
     runner = _runner(options)
     return estimate_fisher(
         options.model,
         options.out,
-        Question(
-            data=options.data,
-            text_fields=options.text_field or ("text",),
-            label_field=options.label_field,
-            task=options.task,
-            exact=options.exact,
-            samples=options.samples,
-            max_length=options.max_length,
-            seed=options.seed,
-        ),
+        FisherQuestion(**_examples(options), label_field=options.label_field, exact=options.exact),
         runner,
         counter=_counter(options, runner.rank),
         stop=stop,
@@ -72,6 +63,18 @@ def _fisher_from_data(options: argparse.Namespace, stop: threading.Event) -> Pub
         overwrite=options.overwrite,
         fresh=options.fresh,
     )
+
+
+def _examples(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ``Question``."""
+    return {
+        "data": options.data,
+        "text_fields": options.text_field or ("text",),
+        "task": options.task,
+        "samples": options.samples,
+        "max_length": options.max_length,
+        "seed": options.seed,
+    }
 
 
 def _runner(options: argparse.Namespace) -> Runner:
@@ -118,20 +121,14 @@ def _fisher_without(options: argparse.Namespace) -> Published:
 
 def gram(options: argparse.Namespace) -> int:
     """``shardmerge gram``."""
-    from shardmerge.estimate.gram import Question, collect_gram
+    from shardmerge.estimate.examples import Question
+    from shardmerge.estimate.gram import collect_gram
 
     with stoppable(tell=not options.json) as stop, contextlib.redirect_stdout(sys.stderr):
         collected = collect_gram(
             options.model,
             options.out,
-            Question(
-                data=options.data,
-                text_fields=options.text_field or ("text",),
-                task=options.task,
-                samples=options.samples,
-                max_length=options.max_length,
-                seed=options.seed,
-            ),
+            Question(**_examples(options)),
             device=options.device,
             memory_bytes=options.memory,
             counter=_counter(options),

@@ -38,6 +38,27 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """Which examples a model is run on, and what it is asked of each.
+
+    Args:
+        data: files of examples.
+        text_fields: where the texts are; two for pairs of texts, of classifiers only.
+        task: one of ``Task``; None: the one that the model was made for.
+        samples: examples that are drawn from ``data``.
+        max_length: tokens of an example; None: as many as fit, up to a default.
+        seed: of the drawing and of masks.
+    """
+
+    data: Sequence[str]
+    text_fields: Sequence[str] = ("text",)
+    task: str | None = None
+    samples: int = SAMPLES
+    max_length: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """An example as its file has it.
 

@@ -24,14 +24,16 @@ from shardmerge.assets import as_json, patched_config
 from shardmerge.computed import Compute, write_computed
 from shardmerge.errors import DataError, Stopped, UsageError
 from shardmerge.estimate.counting import Counter
-from shardmerge.estimate.examples import IGNORED, SAMPLES, Example, Sample, Task, read_sample
+from shardmerge.estimate.examples import IGNORED, Example, Question, Sample, Task
 from shardmerge.estimate.models import (
     Described,
     Loaded,
     describe_model,
     examples_for,
+    identity_of,
     in_words_of,
     logits_of,
+    sample_for,
 )
 from shardmerge.estimate.saved import Saved
 from shardmerge.estimate.sums import Runner, Sums
@@ -53,28 +55,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class FisherQuestion(Question):
     """What is to be estimated.
 
     Args:
-        data: files of examples.
-        text_fields: where the texts are; two for pairs of texts, of classifiers only.
         label_field: where the labels are; read for the empirical information of classifiers only.
-        task: one of ``Task``; None: the one that the model was made for.
         exact: over the model's own predictions in place of labels; of classifiers only.
-        samples: examples that are drawn from ``data``.
-        max_length: tokens of an example; None: as many as fit, up to a default.
-        seed: of the drawing and of masks.
     """
 
-    data: Sequence[str]
-    text_fields: Sequence[str] = ("text",)
     label_field: str = "label"
-    task: str | None = None
     exact: bool = False
-    samples: int = SAMPLES
-    max_length: int | None = None
-    seed: int = 0
 
 
 # --- from the command to the output ---------------------------------------------------------------
@@ -83,7 +73,7 @@ class Question:
 def estimate_fisher(
     model: str,
     out: str,
-    question: Question,
+    question: FisherQuestion,
     runner: Runner,
     *,
     counter: Counter,
@@ -122,7 +112,8 @@ def estimate_fisher(
     examples = examples_for(
         described, sample.chosen, max_length=question.max_length, seed=question.seed
     )
-    identity = _identity(described, question, sample, runner)
+    made = "Fisher information, " + ("exact" if question.exact else "empirical")
+    identity = identity_of(described, question, sample, made=made, arithmetic=runner.what)
     saved = Saved(folder, identity, process=runner.rank, processes=runner.size, meet=runner.meet)
     loaded = runner.load(described)
     run = _Run(loaded, examples, question.exact, runner, saved, counter, stop, fresh)
@@ -180,36 +171,14 @@ def _work_folder(output: Output, work: str | None) -> Path:
     return Path(output.url) / STAGING / "sums"
 
 
-def _sample(described: Described, question: Question) -> Sample:
+def _sample(described: Described, question: FisherQuestion) -> Sample:
     classifies = described.task is Task.CLASSIFICATION
     if question.exact and not classifies:
         raise UsageError(
             f"--exact is for classifiers: a sum over all {described.task} answers has no end."
         )
-    if len(question.text_fields) > 1 and not classifies:
-        raise UsageError("two text fields are a pair, which only classifiers take.")
-    return read_sample(
-        question.data,
-        text_fields=question.text_fields,
-        label_field=question.label_field if classifies and not question.exact else None,
-        samples=question.samples,
-        seed=question.seed,
-    )
-
-
-def _identity(
-    described: Described, question: Question, sample: Sample, runner: Runner
-) -> dict[str, str]:
-    """All that the values depend on."""
-    return {
-        "made": "Fisher information, " + ("exact" if question.exact else "empirical"),
-        **described.identity,
-        "data": ", ".join(Path(file).name for file in question.data),
-        "examples": f"{len(sample.chosen)} of {sample.total}, {sample.digest}",
-        "max_length": str(question.max_length),
-        "seed": str(question.seed),
-        "arithmetic": runner.what,
-    }
+    label_field = question.label_field if classifies and not question.exact else None
+    return sample_for(described, question, label_field=label_field)
 
 
 def _specs(loaded: Loaded) -> tuple[Spec, ...]:

@@ -15,7 +15,6 @@ import threading
 from collections import Counter as Counts
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,17 +22,18 @@ import numpy.typing as npt
 
 from shardmerge.assets import as_json
 from shardmerge.computed import write_computed
-from shardmerge.errors import CheckpointError, MemoryBudgetError, Stopped, UsageError
+from shardmerge.errors import CheckpointError, MemoryBudgetError, Stopped
 from shardmerge.estimate.counting import Counter
-from shardmerge.estimate.examples import SAMPLES, Example, Sample, Task, read_sample
+from shardmerge.estimate.examples import Example, Question, Sample
 from shardmerge.estimate.models import (
-    Described,
     Loaded,
     describe_model,
     examples_for,
+    identity_of,
     in_words_of,
     load_model,
     logits_of,
+    sample_for,
     torch_device,
 )
 from shardmerge.layout import Spec
@@ -55,27 +55,6 @@ WITHOUT = "without"
 BLOCK_TOKENS = 256
 """Tokens that are multiplied at a time, in float32; such products are added up in float64."""
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is to be collected.
-
-    Args:
-        data: files of examples.
-        text_fields: where the texts are; two for pairs of texts, of classifiers only.
-        task: one of ``Task``; None: the one that the model was made for.
-        samples: examples that are drawn from ``data``.
-        max_length: tokens of an example; None: as many as fit, up to a default.
-        seed: of the drawing and of masks.
-    """
-
-    data: Sequence[str]
-    text_fields: Sequence[str] = ("text",)
-    task: str | None = None
-    samples: int = SAMPLES
-    max_length: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +113,7 @@ def collect_gram(
     place = torch_device(device)
     described = describe_model(model, question.task, stores)
     refuse_sources(output, {ModelName(model): described.checkpoint})
-    sample = _sample(described, question)
+    sample = sample_for(described, question)
     examples = examples_for(
         described, sample.chosen, max_length=question.max_length, seed=question.seed
     )
@@ -155,38 +134,18 @@ def collect_gram(
         output,
         [Spec(layer.tensor, DType.F32, (layer.inputs, layer.inputs)) for layer in layers],
         run.values,
-        identity=_identity(described, question, sample, device),
+        identity=identity_of(
+            described,
+            question,
+            sample,
+            made="Gram matrices of inputs",
+            arithmetic=f"float32 on {device}",
+        ),
         files={"config.json": as_json({GRAM: facts})},
         overwrite=overwrite,
         fresh=fresh,
         notes=_notes(sample, without),
     )
-
-
-def _sample(described: Described, question: Question) -> Sample:
-    if len(question.text_fields) > 1 and described.task is not Task.CLASSIFICATION:
-        raise UsageError("two text fields are a pair, which only classifiers take.")
-    return read_sample(
-        question.data,
-        text_fields=question.text_fields,
-        samples=question.samples,
-        seed=question.seed,
-    )
-
-
-def _identity(
-    described: Described, question: Question, sample: Sample, device: str
-) -> dict[str, str]:
-    """All that the values depend on."""
-    return {
-        "made": "Gram matrices of inputs",
-        **described.identity,
-        "data": ", ".join(Path(file).name for file in question.data),
-        "examples": f"{len(sample.chosen)} of {sample.total}, {sample.digest}",
-        "max_length": str(question.max_length),
-        "seed": str(question.seed),
-        "arithmetic": f"float32 on {device}",
-    }
 
 
 def _notes(sample: Sample, without: Sequence[str]) -> tuple[str, ...]:

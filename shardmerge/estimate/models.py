@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardmerge.errors import CheckpointError, DataError, DeviceError, UsageError
-from shardmerge.estimate.examples import MAX_LENGTH, Example, Task, Text, Tokenizer, tokenised
+from shardmerge.estimate.examples import (
+    MAX_LENGTH,
+    Example,
+    Question,
+    Sample,
+    Task,
+    Text,
+    Tokenizer,
+    read_sample,
+    tokenised,
+)
 from shardmerge.estimate.tensors import Group, groups_of
 from shardmerge.ledger import fingerprint
 from shardmerge.progress import counted
@@ -291,6 +301,46 @@ def _max_length(tokenizer: Any, config: Any) -> int | None:
         places -= (text.pad_token_id or 0) + 1
     limits = [tokenizer.model_max_length, places]
     return min((int(n) for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+
+
+def sample_for(
+    described: Described, question: Question, *, label_field: str | None = None
+) -> Sample:
+    """The examples that are used.
+
+    Raises:
+        UsageError: for pairs of texts that the task does not take.
+        DataError: for examples that cannot be read.
+    """
+    if len(question.text_fields) > 1 and described.task is not Task.CLASSIFICATION:
+        raise UsageError("two text fields are a pair, which only classifiers take.")
+    return read_sample(
+        question.data,
+        text_fields=question.text_fields,
+        label_field=label_field,
+        samples=question.samples,
+        seed=question.seed,
+    )
+
+
+def identity_of(
+    described: Described, question: Question, sample: Sample, *, made: str, arithmetic: str
+) -> dict[str, str]:
+    """All that estimated values depend on.
+
+    Args:
+        made: what they are.
+        arithmetic: dtype, devices and processes, in words.
+    """
+    return {
+        "made": made,
+        **described.identity,
+        "data": ", ".join(Path(file).name for file in question.data),
+        "examples": f"{len(sample.chosen)} of {sample.total}, {sample.digest}",
+        "max_length": str(question.max_length),
+        "seed": str(question.seed),
+        "arithmetic": arithmetic,
+    }
 
 
 def examples_for(

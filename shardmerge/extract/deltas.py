@@ -73,10 +73,9 @@ def _chunks(refs: tuple[TensorRef, ...], stores: Stores) -> Iterator[tuple[int, 
     numel = refs[0].numel
     step = min(numel, CONVERTED)
     arena = Arena(sum(stored_bytes(ref, step) for ref in refs))
+    window = Window(refs, arena, tile=step, resident=False, numel=numel)
     for start in range(0, numel, CONVERTED):
         stop = min(numel, start + CONVERTED)
-        arena.clear()
-        window = Window(refs, arena, tile=step, resident=False, numel=numel)
         missing = window.missing(start, stop, range(len(refs)))
         stores.read([item for each in missing for item in each.ranges()])
         for each in missing:
