@@ -82,21 +82,6 @@ class Described:
     max_length: int | None
     labels: Mapping[str, int]
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """All that an estimate depends on, of the model: its files, or its commit of the Hub."""
-        import torch
-        import transformers
-
-        versions = fingerprint(self.checkpoint.versions)
-        return {
-            "model": self.checkpoint.url if self.revision is None else self.place,
-            "files": versions if self.revision is None else self.revision,
-            "task": str(self.task),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -326,15 +311,23 @@ def sample_for(
 def identity_of(
     described: Described, question: Question, sample: Sample, *, made: str, arithmetic: str
 ) -> dict[str, str]:
-    """All that estimated values depend on.
+    """All that estimated values depend on; of a model, its files, or its commit of the Hub.
 
     Args:
         made: what they are.
         arithmetic: dtype, devices and processes, in words.
     """
+    import torch
+    import transformers
+
+    checkpoint, commit = described.checkpoint, described.revision
     return {
         "made": made,
-        **described.identity,
+        "model": checkpoint.url if commit is None else described.place,
+        "files": fingerprint(checkpoint.versions) if commit is None else commit,
+        "task": str(described.task),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "data": ", ".join(Path(file).name for file in question.data),
         "examples": f"{len(sample.chosen)} of {sample.total}, {sample.digest}",
         "max_length": str(question.max_length),
